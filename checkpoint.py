@@ -1,0 +1,163 @@
+"""The adapter file: what training changed and all that is needed to rebuild the model around it.
+
+adapter.safetensors holds the tensors that were trained (adapter, head, biases; with --adapter full
+the whole model) under their names in the model. Its metadata, all strings, say the rest: adapter,
+rank, alpha, targets and the other arguments of adapt; model and weights, the arguments of vit.build;
+trunk, a hash of the frozen tensors; classes and preprocessing. What is no text there is JSON.
+
+    model, info = load_adapter("runs/x/adapter.safetensors")      # in eval mode
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import vit
+from loha import LoHaLinear
+from lokr import LoKrLinear
+from lora import LoRALinear, mark_trainable, replace_linear
+
+ADAPTERS = {"lora": LoRALinear, "loha": LoHaLinear, "lokr": LoKrLinear}
+METHODS = (*ADAPTERS, "head", "full")  # head: a linear probe; full: everything trains
+TEXTS = ("adapter", "bias", "model", "weights", "trunk")  # stand in the metadata as they are
+ADAPT = ("adapter", "rank", "alpha", "targets", "bias", "factor", "decompose_both")
+
+
+def adapt(
+    model: nn.Module,
+    adapter: str = "lora",
+    rank: int = 4,
+    alpha: float = 32.0,
+    targets: str | list[str] = "all",
+    bias: str = "none",
+    dropout: float = 0.0,
+    module_dropout: float = 0.0,
+    factor: int = -1,
+    decompose_both: bool = False,
+) -> tuple[int, int]:
+    """Wrap and mark a model for one of METHODS, in place; return (trainable, total) parameters.
+
+    factor and decompose_both are LoKr's alone. Raises ValueError for what does not fit the model.
+    """
+    if adapter not in METHODS:
+        raise ValueError(f"adapter {adapter!r}: expected one of {', '.join(METHODS)}")
+    if adapter in ADAPTERS:
+        special = {"factor": factor, "decompose_both": decompose_both} if adapter == "lokr" else {}
+        wrap = partial(
+            ADAPTERS[adapter],
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            module_dropout=module_dropout,
+            **special,
+        )
+        replace_linear(model, wrap, targets)
+    if adapter == "full":
+        model.requires_grad_(True)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return total, total
+    return mark_trainable(model, bias=bias)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the names and values of the frozen parameters: which trunk an adapter belongs to."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of path once all is written, and never before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_adapter(path: str | Path, model: nn.Module, info: dict) -> None:
+    """Write the trainable tensors of the model, with info as metadata, in one piece or not at all."""
+    tensors = {
+        name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    metadata = {key: value if key in TEXTS else json.dumps(value) for key, value in info.items()}
+    with atomic(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and the info of an adapter file.
+
+    Raises FileNotFoundError, or ValueError if it is another kind of file or lacks part of its info.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such adapter file")
+    tensors, metadata = vit.read_weights(path)
+    needed = (*ADAPT, "model", "weights", "seed", "trunk", "classes", "preprocessing")
+    for key in needed:
+        if key not in metadata:
+            raise ValueError(f"{path}: expected {key!r} in the metadata, found {sorted(metadata)}")
+    return tensors, {
+        key: value if key in TEXTS else json.loads(value) for key, value in metadata.items()
+    }
+
+
+def restore(model: nn.Module, path: str | Path) -> dict:
+    """Load an adapter file into a model that was adapted the same way; return its info.
+
+    Raises ValueError, with the model unchanged, if a tensor or the trunk does not fit.
+    """
+    tensors, info = read_adapter(path)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if problem := vit.first_mismatch(trainable, tensors):
+        raise ValueError(f"{path}: {problem}")
+    if (found := fingerprint(model)) != info["trunk"]:
+        raise ValueError(
+            f"{path}: trunk: expected {info['trunk']} (weights {info['weights']!r}), found {found}; "
+            "the adapter was trained on other weights"
+        )
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(tensors[name])
+    return info
+
+
+def load_adapter(
+    path: str | Path, weights: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict]:
+    """Rebuild the trained model from its adapter file: (model in eval mode, info).
+
+    weights: where the trunk's weights are now, if not where they were in training.
+    info: adapter, rank, alpha, targets, model, weights, classes, preprocessing and what else adapt needs.
+    Raises OSError or ValueError, naming the file and the key, for what is missing or does not fit.
+    """
+    _, info = read_adapter(path)
+    weights = weights or ("none" if info["adapter"] == "full" else info["weights"])
+    model, _ = vit.build(
+        info["model"],
+        weights,
+        len(info["classes"]),
+        info["preprocessing"]["image_size"],
+        seed=info["seed"],
+    )
+    adapt(model, **{key: info[key] for key in ADAPT})
+    restore(model, path)
+    return model.to(device).eval(), info

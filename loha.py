@@ -1,0 +1,211 @@
+"""LoHa: a frozen linear layer plus the elementwise product of two trained low-rank updates.
+
+    y = W x + b + delta W x        s = alpha / rank
+    delta W = s (W1a W1b) * (W2a W2b)          * is elementwise
+
+    W         (out, in)     frozen: the nn.Linear that LoHaLinear wraps
+    W1a, W2a  (out, rank)   hada_w1_a, hada_w2_a, trained
+    W1b, W2b  (rank, in)    hada_w1_b, hada_w2_b, trained
+    At the start W2b is zero, so that the first forward is the frozen layer's; the other three are
+    kaiming_uniform(a=sqrt 5).
+
+Hyeon-Woo et al., FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning,
+2021, arXiv 2108.06098, section 2.2; Yeh et al., Navigating Text-To-Image Customization: From LyCORIS
+Fine-Tuning to Model Evaluation, 2023, arXiv 2309.14859. Initialisation: PEFT's.
+
+The product of two matrices of rank r can have rank r^2: with LoRA's number of parameters at rank 2 r,
+the update spans r^2 directions instead of 2 r.
+
+Cost: delta W is built, as rank is all that an elementwise product leaves of the structure: 2 * rank
+products for each element of W, whatever the number of rows of x, and one product of x with it.
+
+    from functools import partial
+    replace_linear(model, partial(LoHaLinear, rank=8, alpha=16), targets=["query", "value"])
+    mark_trainable(model)                      # adapters and heads.head train, the rest is frozen
+    ...                                        # any training loop
+    merge(model)                               # plain nn.Linear again, the update added in
+"""
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LoHaLinear(nn.Module):
+    """linear(x) + x @ delta_weight().T, for x of shape (..., in_features).
+
+    linear: the nn.Linear to adapt. It is kept, not copied, and frozen by mark_trainable.
+    rank: inner dimension of each of the two products, 1 or more.
+    alpha: the update is scaled by alpha / rank.
+    dropout: probability, in training, that an element of the adapter's input is zeroed (the rest grows).
+    module_dropout: probability, in training, that the whole update is left out of one forward.
+
+    The factors are float32 or wider whatever linear's type, as AdamW and fp16 loss scaling need.
+    Raises ValueError for a rank below 1 or a probability outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int = 4,
+        alpha: float = 32.0,
+        dropout: float = 0.0,
+        module_dropout: float = 0.0,
+    ):
+        super().__init__()
+        if rank < 1 or not 0 <= dropout < 1 or not 0 <= module_dropout < 1:
+            raise ValueError(
+                f"rank={rank}, dropout={dropout}, module_dropout={module_dropout}: "
+                "expected rank >= 1 and both dropouts in [0, 1)"
+            )
+        self.linear = linear
+        self.rank = rank
+        self.scale = alpha / rank
+        self.dropout = dropout
+        self.module_dropout = module_dropout
+        W = linear.weight
+        new = {"dtype": torch.promote_types(W.dtype, torch.float32), "device": W.device}
+        out_features, in_features = W.shape
+        self.hada_w1_a = nn.Parameter(torch.empty(out_features, rank, **new))
+        self.hada_w1_b = nn.Parameter(torch.empty(rank, in_features, **new))
+        self.hada_w2_a = nn.Parameter(torch.empty(out_features, rank, **new))
+        self.hada_w2_b = nn.Parameter(torch.zeros(rank, in_features, **new))
+        for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
+            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """W1a (out, rank), W1b (rank, in), s W2a and W2b alike: the one place where the scale enters."""
+        return self.hada_w1_a, self.hada_w1_b, self.scale * self.hada_w2_a, self.hada_w2_b
+
+    def delta_weight(self) -> torch.Tensor:
+        """delta W = s (W1a W1b) * (W2a W2b), shape (out_features, in_features)."""
+        W1a, W1b, W2a, W2b = self.factors()
+        return (W1a @ W1b) * (W2a @ W2b)
+
+    def delta(self, x: torch.Tensor) -> torch.Tensor:
+        """x @ delta_weight().T: (..., in) -> (..., out)."""
+        return F.linear(x, self.delta_weight().to(x.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        delta = self.delta(F.dropout(x, self.dropout, self.training))
+        if self.training and self.module_dropout > 0:
+            # A 0/1 mask and no if: a skipped adapter would have no gradient, which DDP refuses.
+            delta = delta * (torch.rand((), device=x.device) >= self.module_dropout)
+        return self.linear(x) + delta
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once."""
+        W, bias = self.linear.weight, self.linear.bias
+        out_features, in_features = W.shape
+        merged = nn.utils.skip_init(
+            nn.Linear, in_features, out_features, bias is not None, device=W.device, dtype=W.dtype
+        )
+        delta = self.delta_weight()  # float32 or wider, and so is the sum
+        merged.weight.copy_(W + delta)
+        if bias is not None:
+            merged.bias.copy_(bias)
+        return merged.train(self.training)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W + delta_weight, for code that reads a layer's weight instead of calling the layer, as
+        nn.TransformerEncoderLayer does in eval mode."""
+        return self.linear.weight + self.delta_weight().to(self.linear.weight.dtype)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.linear.bias
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}"
+
+
+# The functions below stand word for word in lora.py, loha.py and lokr.py, so that each file pastes alone.
+# They know an adapter of any kind by its delta_weight.
+
+
+def replace_linear(
+    model: nn.Module, wrap, targets: str | list[str] = "all", head: str = "heads.head"
+) -> list[str]:
+    """Wrap nn.Linear layers of the model in place and return their dotted names.
+
+    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8, alpha=16).
+    targets: "all" for every nn.Linear whose name does not contain head, or the last parts of names
+        (["query", "mlp.0"]; "query,mlp.0" is the same).
+    head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without.
+
+    Raises ValueError, with the model unchanged, if nothing matches or a match is wrapped already.
+    Warns of nn.MultiheadAttention: it reads its weights and calls no layer, so wrapping does nothing there.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    attention = [name for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
+    adapted = {name for name, m in modules.items() if hasattr(m, "delta_weight")}
+    if attention:
+        warnings.warn(
+            f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: left alone, "
+            "because it never calls its layers. Call vit.split_attention(model) first to adapt attention.",
+            stacklevel=2,
+        )
+    inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])
+    names = [
+        name
+        for name, m in modules.items()
+        if name and not name.startswith(inside) and (isinstance(m, nn.Linear) or name in adapted)
+    ]
+    if targets == "all":
+        chosen = [name for name in names if not (head and head in name)]
+    else:
+        ends = tuple("." + t for t in (targets.split(",") if isinstance(targets, str) else targets))
+        chosen = [name for name in names if f".{name}".endswith(ends)]
+    if not chosen:
+        raise ValueError(
+            f"targets {targets!r} match no nn.Linear; there are: {', '.join(names) or 'none'}"
+        )
+    if again := [name for name in chosen if name in adapted]:
+        raise ValueError(
+            f"{again[0]!r} is wrapped already ({len(again)} such layers): merge(model) first"
+        )
+    # A layer that stands at two places gets one adapter, which then stands at both.
+    wrapped = {linear: wrap(linear) for linear in dict.fromkeys(modules[name] for name in chosen)}
+    for name in chosen:
+        model.set_submodule(name, wrapped[modules[name]])
+    return chosen
+
+
+def mark_trainable(
+    model: nn.Module, head: str = "heads.head", bias: str = "none"
+) -> tuple[int, int]:
+    """Freeze the model but for adapters, head and biases; return (trainable, total) numbers of parameters.
+
+    head: every parameter whose name contains it trains; "" for none.
+    bias: "none", "all" (every bias of the model) or "adapter" (those of the wrapped layers).
+    Raises ValueError for another bias.
+    """
+    if bias not in ("none", "all", "adapter"):
+        raise ValueError(f"bias={bias!r}: expected none, all or adapter")
+    model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "delta_weight"):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+            if bias == "adapter" and module.linear.bias is not None:
+                module.linear.bias.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if (head and head in name) or (bias == "all" and name.endswith("bias")):
+            parameter.requires_grad_(True)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every adapter in the model by its merged nn.Linear, in place; return the model."""
+    if hasattr(model, "delta_weight"):
+        return model.merge()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if hasattr(module, "delta_weight"):
+            model.set_submodule(name, module.merge())
+    return model

@@ -1,0 +1,487 @@
+"""Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr.
+
+    python train.py                                   # the embedded demo, about a minute on two cores
+    python train.py --adapter lokr --rank 8           # any field of Config is a flag
+    python train.py --recipe tiny-imagenet-lora       # ViT-B/16 and Tiny-ImageNet, best on a GPU
+
+or, in a notebook, the same with
+
+    import train
+    result = train.train(train.Config(adapter="lokr", rank=8))
+"""
+
+import argparse
+import csv
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import checkpoint
+import data
+import pictures
+import vit
+
+
+def option(default, help: str, choices=None):
+    """A field of Config. It holds None until __post_init__ takes the recipe's value or the default."""
+    return field(default=None, metadata={"default": default, "help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on. What is not given comes from the recipe, then the default."""
+
+    recipe: str = field(default="demo", metadata={"help": "which settings to start from"})
+    dataset: str = option("demo", "data set", tuple(data.SOURCES))
+    data_dir: str | None = option(None, "where the data set lies (default: the known places)")
+    limit: int | None = option(None, "at most this many images of each split")
+    classes: str | None = option(None, "train on these classes only, names with commas")
+    min_crop: float = option(0.08, "smallest random crop, part of the area; 1: no random crop")
+    flip: bool = option(True, "mirror training images at random")
+    model: str = option("vit_b_16", "trunk", tuple(vit.MODELS))
+    weights: str = option("imagenet1k", "imagenet1k, swag, embedded, none or a file")
+    image_size: int | None = option(None, "pixels of a side (default: the trunk's own)")
+    adapter: str = option("lora", "what trains", checkpoint.METHODS)
+    rank: int = option(4, "inner dimension of the adapters")
+    alpha: float = option(32.0, "the update is scaled by alpha / rank")
+    targets: str = option("all", "all linear layers, or last parts of names with commas")
+    factor: int = option(-1, "LoKr: rows and columns of W1; -1: near the square root")
+    decompose_both: bool = option(False, "LoKr: W1 is a product of two factors too")
+    bias: str = option("none", "which biases train beside", ("none", "all", "adapter"))
+    head_dropout: float = option(0.0, "dropout before the head")
+    adapter_dropout: float = option(0.0, "dropout of each adapter's input")
+    module_dropout: float = option(0.0, "probability that an adapter is left out of a step")
+    epochs: int = option(5, "passes through the training split")
+    batch_size: int = option(64, "images to a forward and backward")
+    grad_accum: int = option(1, "batches to a step of the optimizer")
+    lr: float = option(1e-3, "learning rate of the first step; falls linearly to zero")
+    weight_decay: float = option(0.01, "AdamW's weight decay")
+    amp: str = option("auto", "mixed precision", ("auto", "bf16", "fp16", "off"))
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    workers: int | None = option(None, "processes that decode images (default: one a core)")
+    seed: int = option(0, "of everything that is random")
+    test: bool = option(False, "evaluate the best epoch on the test split too")
+    out: str | None = option(
+        None, "the run's folder (default: runs/<recipe>-<adapter>-<seed>-<time>)"
+    )
+
+    def __post_init__(self):
+        if self.recipe not in RECIPES:
+            raise ValueError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
+        for f in fields(self):
+            if getattr(self, f.name) is None:
+                value = RECIPES[self.recipe].get(f.name, f.metadata["default"])
+                setattr(self, f.name, value)
+
+
+RECIPES = {
+    "demo": {
+        "dataset": "demo",
+        "model": "vit_mini",
+        "weights": "embedded",
+        "min_crop": 1.0,
+        "flip": False,
+        "rank": 4,
+        "alpha": 32.0,
+        "epochs": 5,
+        "batch_size": 64,
+        "lr": 3e-3,
+    },
+    "tiny-imagenet-lora": {
+        "dataset": "tiny-imagenet",
+        "model": "vit_b_16",
+        "weights": "imagenet1k",
+        "adapter": "lora",
+        "rank": 4,
+        "alpha": 32.0,
+        "targets": "all",
+        "head_dropout": 0.1,
+        "epochs": 5,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "weight_decay": 0.03,
+    },
+}
+
+
+@dataclass
+class Run:
+    """What prepare made ready and fit trains."""
+
+    config: Config
+    dataset: data.Dataset
+    model: nn.Module
+    info: dict  # the adapter file's
+    trainable: int
+    total: int
+    device: torch.device
+    dtype: torch.dtype  # of autocast; float32 is off
+    folder: Path
+
+
+def train(config: Config) -> dict:
+    """Train as config says; return val_accuracy (0..1, the best epoch's), run_dir, trainable, total, ...
+
+    Raises ValueError or OSError, before anything is written, for a config or data that cannot work.
+    """
+    return fit(prepare(config))
+
+
+def prepare(config: Config) -> Run:
+    """Check the config, load data and trunk, adapt the trunk and make the run's folder."""
+    check(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.amp, device)
+    torch.manual_seed(config.seed)
+    dataset = data.load(
+        config.dataset, config.data_dir, config.limit, config.classes, config.workers
+    )
+    model, preprocessing = vit.build(
+        config.model,
+        config.weights,
+        len(dataset.classes),
+        config.image_size,
+        config.head_dropout,
+        config.seed,
+    )
+    arguments = {key: getattr(config, key) for key in checkpoint.ADAPT}
+    trainable, total = checkpoint.adapt(
+        model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
+    )
+    check_rank(config, model)
+    info = {
+        **arguments,
+        "model": config.model,
+        "weights": named(config.weights),
+        "seed": config.seed,
+        "trunk": checkpoint.fingerprint(model),
+        "classes": dataset.classes,
+        "preprocessing": preprocessing,
+    }
+    return Run(config, dataset, model, info, trainable, total, device, dtype, make_folder(config))
+
+
+def fit(run: Run) -> dict:
+    """The loop: train for the epochs of the config, evaluate after each, keep the best."""
+    config, dataset = run.config, run.dataset
+    model = run.model.to(run.device)
+    replicas = nn.DataParallel(model) if many_gpus(run.device) else model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    per_step = config.batch_size * config.grad_accum
+    steps = -(-len(dataset.train) // per_step)  # of an epoch; the last one may be smaller
+    log = Log(run, steps)
+    best = {"val_accuracy": -1.0}
+
+    for epoch in range(config.epochs):
+        model.train()
+        batches = iter(load_batches(run, dataset.train, train=True, epoch=epoch))
+        for step in tqdm(
+            range(steps), f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None
+        ):
+            done = epoch * steps + step
+            optimizer.param_groups[0]["lr"] = lr = config.lr * (1 - done / (config.epochs * steps))
+            images_of_step = min(per_step, len(dataset.train) - step * per_step)
+            loss_of_step = torch.zeros((), device=run.device)
+            for _ in range(-(-images_of_step // config.batch_size)):
+                images, labels = next(batches)
+                with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32):
+                    logits = replicas(images)
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum") / images_of_step
+                scaler.scale(loss).backward()
+                loss_of_step += loss.detach()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            log.step(done + 1, loss_of_step, lr, images_of_step)
+        result = evaluate(replicas, load_batches(run, dataset.val), run.device, run.dtype)
+        log.epoch(epoch + 1, *result)
+        if result[1] > best["val_accuracy"]:
+            best = {"val_loss": result[0], "val_accuracy": result[1], "best_epoch": epoch + 1}
+            checkpoint.save_adapter(run.folder / "adapter.safetensors", model, run.info)
+
+    checkpoint.restore(model, run.folder / "adapter.safetensors")
+    if config.test and dataset.test is not None:
+        test = evaluate(replicas, load_batches(run, dataset.test), run.device, run.dtype)
+        best |= {"test_loss": test[0], "test_accuracy": test[1]}
+        print(f"Test Accuracy: {test[1]:.2%}")
+    log.close(best)
+    draw(run, best["val_accuracy"])
+    print(f"run folder: {run.folder}")
+    print(f"Validation Accuracy: {best['val_accuracy']:.2%}")
+    return {
+        **best,
+        "run_dir": str(run.folder),
+        "trainable": run.trainable,
+        "total": run.total,
+        "images_per_second": log.images_per_second,
+    }
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches, device: torch.device, dtype: torch.dtype):
+    """Mean cross-entropy and accuracy (0..1) of the model over all batches, in eval mode."""
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    correct = total = 0
+    for images, labels in batches:
+        with torch.autocast(device.type, dtype, dtype != torch.float32):
+            logits = model(images).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").cpu()
+        correct += (logits.argmax(-1) == labels).sum().item()
+        total += len(labels)
+    return loss.item() / total, correct / total
+
+
+def load_batches(run: Run, split: data.Split, train: bool = False, epoch: int = 0):
+    """The batches of a split as the run's config wants them."""
+    config = run.config
+    return data.batches(
+        split,
+        config.batch_size,
+        run.info["preprocessing"],
+        run.device,
+        train,
+        config.min_crop,
+        config.flip,
+        config.seed,
+        epoch,
+        config.workers,
+    )
+
+
+class Log:
+    """What a run says of itself: TensorBoard events, metrics.csv and one printed line an epoch."""
+
+    COLUMNS = (
+        "epoch",
+        "step",
+        "lr",
+        "train_loss",
+        "images_per_second",
+        "val_loss",
+        "val_accuracy",
+    )
+
+    def __init__(self, run: Run, steps: int):
+        self.run, self.steps = run, steps
+        self.every = max(
+            1, steps // 20
+        )  # steps between two points; reading a loss waits for the GPU
+        self.images_per_second = 0.0
+        self.writer = SummaryWriter(run.folder)
+        self.start_epoch()
+        with open(run.folder / "metrics.csv", "w", newline="") as file:
+            csv.writer(file).writerow(self.COLUMNS)
+        share = run.trainable / run.total
+        print(
+            f"{run.config.adapter}: {run.trainable:,} of {run.total:,} parameters train ({share:.2%}), "
+            f"on {len(run.dataset.train):,} images, {run.device}, {str(run.dtype)[6:]}"
+        )
+
+    def start_epoch(self):
+        self.losses, self.images = [], []  # of each step since the epoch's start
+        self.seconds, self.clock = 0.0, time.perf_counter()
+
+    def step(self, done: int, loss: torch.Tensor, lr: float, images: int):
+        self.losses.append(loss)
+        self.images.append(images)
+        if len(self.losses) % self.every == 0 or len(self.losses) == self.steps:
+            train_loss = self.mean(self.every)
+            self.seconds += time.perf_counter() - self.clock
+            self.clock = time.perf_counter()
+            self.images_per_second = sum(self.images) / self.seconds
+            row = {"lr": lr, "train_loss": train_loss, "images_per_second": self.images_per_second}
+            self.write(done, **row)
+
+    def mean(self, steps: int) -> float:
+        """The loss of an image over the last steps of this epoch."""
+        images = torch.tensor(self.images[-steps:], dtype=torch.float64)
+        return ((torch.stack(self.losses[-steps:]).double().cpu() @ images) / images.sum()).item()
+
+    def epoch(self, epoch: int, val_loss: float, val_accuracy: float):
+        self.write(epoch * self.steps, val_loss=val_loss, val_accuracy=val_accuracy)
+        print(
+            f"epoch {epoch}/{self.run.config.epochs}: train loss {self.mean(self.steps):.4f}, "
+            f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "
+            f"{self.images_per_second:,.0f} images/s"
+        )
+        self.start_epoch()
+
+    def write(self, step: int, **values):
+        tags = {"lr": "lr", "images_per_second": "images_per_second"}
+        for key, value in values.items():
+            self.writer.add_scalar(tags.get(key, key.replace("_", "/", 1)), value, step)
+        row = {"epoch": f"{step / self.steps:.6g}", "step": step, **values}
+        with open(self.run.folder / "metrics.csv", "a", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS, restval="").writerow(row)
+
+    def close(self, best: dict):
+        settings = {k: v for k, v in asdict(self.run.config).items() if v is not None}
+        self.writer.add_hparams(settings, {f"best/{k}": v for k, v in best.items()}, run_name=".")
+        self.writer.close()
+
+
+def draw(run: Run, accuracy: float) -> None:
+    """curves.png and predictions.png: 24 validation images and what the best epoch says of them."""
+    config = run.config
+    what = (
+        config.adapter
+        if config.adapter in ("head", "full")
+        else f"{config.adapter} rank {config.rank}"
+    )
+    pictures.plot_curves(
+        run.folder / "metrics.csv",
+        run.folder / "curves.png",
+        f"{config.dataset}, {what}: {run.trainable:,} trainable parameters",
+    )
+    preprocessing = run.info["preprocessing"]
+    few = run.dataset.val.rows(data.even_rows(run.dataset.val.labels, 24))
+    images, labels = next(iter(data.batches(few, 24, preprocessing, run.device, workers=0)))
+    with torch.inference_mode():
+        logits = run.model(images).float().cpu()
+    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    pictures.plot_predictions(
+        images.cpu() * std + mean,
+        logits,
+        labels.cpu(),
+        run.dataset.classes,
+        run.folder / "predictions.png",
+        f"{config.dataset}, {what}: validation accuracy {accuracy:.1%}",
+    )
+
+
+def check(config: Config) -> None:
+    """Raise ValueError in one line, with flag, value and what is allowed, for a config that can't work."""
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{flag(f.name)} {value}: expected one of {', '.join(choices)}")
+    limits = {
+        "rank >= 1": config.rank >= 1,
+        "alpha > 0": config.alpha > 0,
+        "epochs >= 1": config.epochs >= 1,
+        "batch_size >= 1": config.batch_size >= 1,
+        "grad_accum >= 1": config.grad_accum >= 1,
+        "lr > 0": config.lr > 0,
+        "weight_decay >= 0": config.weight_decay >= 0,
+        "min_crop in (0, 1]": 0 < config.min_crop <= 1,
+        "head_dropout in [0, 1)": 0 <= config.head_dropout < 1,
+        "adapter_dropout in [0, 1)": 0 <= config.adapter_dropout < 1,
+        "module_dropout in [0, 1)": 0 <= config.module_dropout < 1,
+        "workers >= 0": config.workers is None or config.workers >= 0,
+        "limit >= 1": config.limit is None or config.limit >= 1,
+        "seed >= 0": config.seed >= 0,
+    }
+    for rule, holds in limits.items():
+        if not holds:
+            name, allowed = rule.split(" ", 1)
+            raise ValueError(f"{flag(name)} {getattr(config, name)}: expected {allowed}")
+
+
+def check_rank(config: Config, model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if hasattr(module, "delta_weight") and config.rank > min(module.linear.weight.shape):
+            raise ValueError(
+                f"--rank {config.rank}: {name} is {tuple(module.linear.weight.shape)}; "
+                f"expected at most {min(module.linear.weight.shape)}"
+            )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a name means; auto is a GPU if there is one. ValueError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: cannot be used ({reason}); try --device cpu") from None
+    return device
+
+
+def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where a GPU has it natively, float16 on older ones, else float32."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        native = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
+        return torch.bfloat16 if native else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+def many_gpus(device: torch.device) -> bool:
+    return device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1
+
+
+def named(weights: str) -> str:
+    """A name of weights as it is; a file with its whole path, so that it is found from anywhere."""
+    known = weights in (*vit.PRETRAINED, "embedded", "none")
+    return weights if known else str(Path(weights).absolute())
+
+
+def make_folder(config: Config) -> Path:
+    """Make the run's folder and write config.json, with the versions that it runs on, into it."""
+    name = f"{config.recipe}-{config.adapter}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.out or Path("runs") / name)
+    if (folder / "config.json").exists():
+        raise ValueError(f"--out {folder}: holds a run already; name another folder or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    text = json.dumps({**asdict(config), "versions": versions}, indent=2)
+    (folder / "config.json").write_text(text + "\n")
+    return folder
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The command line: a flag for each field of Config."""
+    parser = argparse.ArgumentParser(
+        description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr."
+    )
+    for f in fields(Config):
+        kind = (get_args(f.type) or (f.type,))[0]
+        default = f.metadata.get("default")
+        shown = (
+            f" (default: {default})"
+            if default is not None and "default" not in f.metadata["help"]
+            else ""
+        )
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(
+            flag(f.name),
+            default=f.default,
+            help=f.metadata["help"].replace("%", "%%") + shown,
+            **how,
+        )
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run = prepare(parse(argv))
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    fit(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
