@@ -115,9 +115,13 @@ def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     for key in needed:
         if key not in metadata:
             raise ValueError(f"{path}: expected {key!r} in the metadata, found {sorted(metadata)}")
-    return tensors, {
-        key: value if key in TEXTS else json.loads(value) for key, value in metadata.items()
-    }
+    info = {}
+    for key, value in metadata.items():
+        try:
+            info[key] = value if key in TEXTS else json.loads(value)
+        except ValueError:
+            raise ValueError(f"{path}: metadata {key}: expected JSON, found {value!r}") from None
+    return tensors, info
 
 
 def restore(model: nn.Module, path: str | Path) -> dict:
@@ -151,13 +155,11 @@ def load_adapter(
     """
     _, info = read_adapter(path)
     weights = weights or ("none" if info["adapter"] == "full" else info["weights"])
-    model, _ = vit.build(
-        info["model"],
-        weights,
-        len(info["classes"]),
-        info["preprocessing"]["image_size"],
-        seed=info["seed"],
-    )
-    adapt(model, **{key: info[key] for key in ADAPT})
+    size, seed = info["preprocessing"]["image_size"], info["seed"]
+    try:
+        model, _ = vit.build(info["model"], weights, len(info["classes"]), size, seed=seed)
+        adapt(model, **{key: info[key] for key in ADAPT})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     restore(model, path)
     return model.to(device).eval(), info

@@ -139,6 +139,7 @@ def batches(
             batch_sampler=[chunk.tolist() for chunk in chunks],
             num_workers=usable(workers),
             pin_memory=pinned,
+            generator=torch.Generator(),  # it draws a number for each worker: not from the run's own
         )
     else:
         loader = (crops.pixels(chunk, device, pinned) for chunk in chunks)
@@ -187,7 +188,11 @@ class Crops(TorchDataset):
             image.draft("RGB", need[::-1] if turned else need)
             image = to_rgb(image, self.split.files[row])
         across, down = image.width / width, image.height / height
-        box = (left * across, top * down, (left + wide) * across, (top + high) * down)
+        right, bottom = (
+            min((left + wide) * across, image.width),
+            min((top + high) * down, image.height),
+        )
+        box = (left * across, top * down, right, bottom)
         image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         if flips[0]:
             image = ImageOps.mirror(image)
@@ -214,7 +219,7 @@ def random_boxes(draws: torch.Tensor, height: int, width: int, min_crop: float) 
     area = height * width * (min_crop + (1 - min_crop) * draws[:, 0])
     ratio = torch.exp((2 * draws[:, 1] - 1) * math.log(4 / 3))
     wide = torch.minimum((area * ratio).sqrt(), (ratio * height).clamp(max=width))
-    high = wide / ratio
+    high = (wide / ratio).clamp(max=height)  # rounding could leave it a hair too high
     return torch.stack([draws[:, 2] * (width - wide), draws[:, 3] * (height - high), wide, high])
 
 

@@ -308,7 +308,8 @@ class Log:
     def mean(self, steps: int) -> float:
         """The loss of an image over the last steps of this epoch."""
         images = torch.tensor(self.images[-steps:], dtype=torch.float64)
-        return ((torch.stack(self.losses[-steps:]).double().cpu() @ images) / images.sum()).item()
+        losses = torch.stack(self.losses[-steps:]).cpu().double()
+        return (losses @ images / images.sum()).item()
 
     def epoch(self, epoch: int, val_loss: float, val_accuracy: float):
         self.write(epoch * self.steps, val_loss=val_loss, val_accuracy=val_accuracy)
@@ -320,9 +321,9 @@ class Log:
         self.start_epoch()
 
     def write(self, step: int, **values):
-        tags = {"lr": "lr", "images_per_second": "images_per_second"}
-        for key, value in values.items():
-            self.writer.add_scalar(tags.get(key, key.replace("_", "/", 1)), value, step)
+        for key, value in values.items():  # train_loss is train/loss in TensorBoard
+            tag = key.replace("_", "/") if key.startswith(("train", "val")) else key
+            self.writer.add_scalar(tag, value, step)
         row = {"epoch": f"{step / self.steps:.6g}", "step": step, **values}
         with open(self.run.folder / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, self.COLUMNS, restval="").writerow(row)
@@ -439,7 +440,12 @@ def make_folder(config: Config) -> Path:
     folder = Path(config.out or Path("runs") / name)
     if (folder / "config.json").exists():
         raise ValueError(f"--out {folder}: holds a run already; name another folder or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--out {folder}: cannot be made ({error.strerror}); name another"
+        ) from None
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     text = json.dumps({**asdict(config), "versions": versions}, indent=2)
     (folder / "config.json").write_text(text + "\n")
@@ -450,26 +456,23 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse's own prints the usage, 40 lines of it, and exits
+        raise ValueError(f"{message}; see --help")
+
+
 def parse(argv: list[str] | None = None) -> Config:
-    """The command line: a flag for each field of Config."""
-    parser = argparse.ArgumentParser(
+    """The command line: a flag for each field of Config. Raises ValueError for one that is not."""
+    parser = Parser(
         description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr."
     )
     for f in fields(Config):
         kind = (get_args(f.type) or (f.type,))[0]
-        default = f.metadata.get("default")
-        shown = (
-            f" (default: {default})"
-            if default is not None and "default" not in f.metadata["help"]
-            else ""
-        )
+        text = f.metadata["help"].replace("%", "%%")
+        if f.metadata.get("default") is not None:
+            text += f" (default: {f.metadata['default']})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument(
-            flag(f.name),
-            default=f.default,
-            help=f.metadata["help"].replace("%", "%%") + shown,
-            **how,
-        )
+        parser.add_argument(flag(f.name), default=f.default, help=text, **how)
     return Config(**vars(parser.parse_args(argv)))
 
 

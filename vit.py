@@ -12,13 +12,12 @@ Dosovitskiy et al., An Image is Worth 16x16 Words, 2020, arXiv 2010.11929.
 """
 
 import json
-import pickle
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from torchvision.models import VisionTransformer, ViT_B_16_Weights
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -34,7 +33,7 @@ MODELS = {
     },
     "vit_mini": {  # the embedded trunk, see assets/README.md
         "image_size": 28,
-        "patch_size": 4,
+        "patch_size": 7,
         "num_layers": 6,
         "num_heads": 4,
         "hidden_dim": 128,
@@ -50,7 +49,8 @@ PRETRAINED = {  # name: (torchvision's weights, preprocessing)
     "imagenet1k": (ViT_B_16_Weights.IMAGENET1K_V1, IMAGENET),
     "swag": (ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1, {**IMAGENET, "crop": 1.0}),
 }
-EMBEDDED = Path(__file__).parent / "assets" / "vit_mini.safetensors"
+HERE = Path(globals().get("__file__", "vit.py")).parent  # a notebook's cell has no __file__
+EMBEDDED = HERE / "assets" / "vit_mini.safetensors"
 
 
 class Attention(nn.Module):
@@ -232,8 +232,11 @@ def read_weights(path: Path) -> tuple[dict, dict]:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a file of tensors ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # torch's unpickler meets wrong bytes with errors of any type
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{path}: not a file of tensors ({type(error).__name__}: {reason})"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(
             f"{path}: expected a state dict (names and tensors), found {type(state).__name__}"

@@ -1,0 +1,41 @@
+"""The adapters under test, in every form, and how to fill them with numbers that hide no mistake."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from loha import LoHaLinear
+from lokr import LoKrLinear
+from lora import LoRALinear
+
+# rank 4 and alpha 6: a scale of 1.5, which no test can take for 1. On 24 x 40, LoKr's W1 is 4 x 5 and
+# its W2 6 x 8: rank 3 factors W2, rank 4 does not; factor 2 makes W1 2 x 2 and W2 12 x 20.
+FORMS = {
+    "lora": partial(LoRALinear, rank=4, alpha=6.0),
+    "loha": partial(LoHaLinear, rank=4, alpha=6.0),
+    "lokr": partial(LoKrLinear, rank=3, alpha=4.5),
+    "lokr-whole-w2": partial(LoKrLinear, rank=4, alpha=6.0),
+    "lokr-both": partial(LoKrLinear, rank=2, alpha=3.0, decompose_both=True),
+    "lokr-factor": partial(LoKrLinear, rank=4, alpha=6.0, factor=2),
+}
+KINDS = {"lora": FORMS["lora"], "loha": FORMS["loha"], "lokr": FORMS["lokr"]}
+IN, OUT = 40, 24
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill all adapter factors: the zero ones hide a wrong delta."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if hasattr(module, "delta_weight"):
+            for parameter in module.parameters(recurse=False):
+                values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.data.copy_(0.5 * values)
+    return model
+
+
+def make(form: str, dtype=torch.float64, bias: bool = True, **more) -> nn.Module:
+    """A layer in this form, on a linear layer of 24 x 40, with random factors."""
+    torch.manual_seed(1)
+    linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+    return randomise(FORMS[form](linear, **more))

@@ -1,0 +1,23 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run a script of the repository in an empty folder, as a user does; returns the process."""
+
+    def run(*arguments, timeout=300):
+        command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=timeout
+        )
+
+    return run

@@ -1,0 +1,181 @@
+"""The adapter file: the same logits in a fresh process, and refusal of what does not fit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from adapters import randomise
+from conftest import ROOT
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import vit
+
+SETTINGS = {
+    "lora": {"rank": 3, "alpha": 5.0, "targets": "query,mlp.0", "bias": "adapter"},
+    "loha": {"rank": 2, "alpha": 5.0},
+    "lokr": {"rank": 2, "alpha": 5.0, "factor": 4, "decompose_both": True},
+    "head": {},
+    "full": {},
+}
+
+
+def adapted(adapter, weights="none", seed=7, **changed):
+    """An adapted small ViT with random factors, and its info."""
+    settings = {**SETTINGS[adapter], **changed}
+    model, preprocessing = vit.build("vit_mini", weights, 3, seed=seed)
+    checkpoint.adapt(model, adapter, **settings)
+    defaults = dict(rank=4, alpha=32.0, targets="all", bias="none", factor=-1, decompose_both=False)
+    info = {
+        "adapter": adapter,
+        **defaults,
+        **settings,
+        "model": "vit_mini",
+        "weights": weights,
+        "seed": seed,
+        "trunk": checkpoint.fingerprint(model),
+        "classes": ["cat", "dög", "c, d"],
+        "preprocessing": preprocessing,
+    }
+    return randomise(model).eval(), info
+
+
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)
+LOAD = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import checkpoint
+model, info = checkpoint.load_adapter(sys.argv[2])
+assert not model.training
+images = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)
+torch.save([model(images).detach(), info["classes"]], sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("adapter", SETTINGS)
+def test_a_fresh_process_gives_the_same_logits(adapter, tmp_path):
+    model, info = adapted(adapter)
+    path = tmp_path / "adapter.safetensors"
+    checkpoint.save_adapter(path, model, info)
+    command = [sys.executable, "-c", LOAD, str(ROOT), str(path), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
+    logits, classes = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(logits, model(IMAGES).detach())
+    assert classes == ["cat", "dög", "c, d"]
+    # the control: without its tensors it would be another model
+    fresh, _ = vit.build("vit_mini", "none", 3, seed=7)
+    assert not torch.allclose(logits, fresh.eval()(IMAGES), atol=1e-3)
+
+
+def test_the_file_holds_what_trained_and_says_how(tmp_path):
+    model, info = adapted("lora")
+    path = tmp_path / "adapter.safetensors"
+    checkpoint.save_adapter(path, model, info)
+    tensors = load_file(path)
+    assert set(tensors) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "encoder.layers.encoder_layer_0.self_attention.query.lora_A" in tensors
+    assert {"heads.head.weight", "heads.head.bias"} <= set(tensors)
+    assert sum(t.numel() for t in tensors.values()) < 40_000
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["adapter"] == "lora" and metadata["model"] == "vit_mini"
+    assert float(metadata["alpha"]) == 5 and json.loads(metadata["classes"])[1] == "dög"
+    assert checkpoint.read_adapter(path)[1] == info
+
+
+def rewrite(path, change):
+    """Change an adapter file's tensors and metadata in place."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+KEY = "encoder.layers.encoder_layer_0.self_attention.query.lora_A"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop(KEY), rf"{KEY}: expected shape \(3, 128\), found no such tensor"),
+        (
+            lambda t, m: t.update(more=torch.ones(2)),
+            r"more: expected no such tensor, found shape \(2,\)",
+        ),
+        (lambda t, m: m.update(rank="4"), rf"{KEY}: expected shape \(4, 128\), found \(3, 128\)"),
+        (lambda t, m: m.update(adapter="loha"), r"hada_w1_a: expected shape"),
+        (lambda t, m: m.update(adapter="dora"), r"'dora': expected one of lora, loha"),
+        (lambda t, m: m.update(model="vit_b_16"), "image size 28: vit_b_16 needs a multiple"),
+        (lambda t, m: m.update(trunk="0" * 16), "trunk: expected 0000000000000000"),
+        (lambda t, m: m.update(seed="8"), "trained on other weights"),
+        (lambda t, m: m.pop("classes"), "expected 'classes' in the metadata"),
+        (
+            lambda t, m: m.update(classes='["cat"]'),
+            r"heads\.head\.weight: expected shape \(1, 128\)",
+        ),
+        (lambda t, m: m.update(rank="three"), "metadata rank: expected JSON"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_with_key_expected_and_found(change, message, tmp_path):
+    model, info = adapted("lora")
+    path = tmp_path / "adapter.safetensors"
+    checkpoint.save_adapter(path, model, info)
+    checkpoint.load_adapter(path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoint.load_adapter(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_restore_into_another_adapter_leaves_the_model_unchanged(tmp_path):
+    model, info = adapted("lora")
+    checkpoint.save_adapter(tmp_path / "a.safetensors", model, info)
+    other, _ = adapted("lora", rank=5)
+    before = {name: p.clone() for name, p in other.named_parameters()}
+    with pytest.raises(ValueError, match=r"expected shape \(5, 128\), found \(3, 128\)"):
+        checkpoint.restore(other, tmp_path / "a.safetensors")
+    assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
+
+
+def test_other_kinds_of_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        checkpoint.load_adapter(tmp_path / "nowhere.safetensors")
+    save_file({"w": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match=r"foreign\.safetensors: expected 'adapter'"):
+        checkpoint.load_adapter(tmp_path / "foreign.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.safetensors"):
+        checkpoint.load_adapter(tmp_path / "text.safetensors")
+
+
+def test_a_trunk_that_moved_can_be_named(tmp_path):
+    trunk, info = adapted("full")
+    checkpoint.save_adapter(tmp_path / "trunk.safetensors", trunk, info)
+    model, info = adapted("lora", weights=str(tmp_path / "trunk.safetensors"))
+    checkpoint.save_adapter(tmp_path / "a.safetensors", model, info)
+    (tmp_path / "trunk.safetensors").rename(tmp_path / "moved.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"trunk\.safetensors"):
+        checkpoint.load_adapter(tmp_path / "a.safetensors")
+    loaded, _ = checkpoint.load_adapter(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    model, info = adapted("lora")
+    path = tmp_path / "adapter.safetensors"
+    checkpoint.save_adapter(path, model, info)
+    before = path.read_bytes()
+
+    def full_disk(tensors, file, metadata):
+        file.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_adapter(path, model, info)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter.safetensors"]

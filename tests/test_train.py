@@ -1,0 +1,305 @@
+"""train.py as a user runs it, and its loop against one that was written here with torch's own parts."""
+
+import csv
+import json
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader, TensorDataset
+from trees import tiny_imagenet
+
+import checkpoint
+import data
+import train
+import vit
+
+QUICK = {"limit": 48, "epochs": 2, "batch_size": 16, "workers": 0}
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """The README's command in an empty folder, with nothing given."""
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("default")
+    command = [sys.executable, str(ROOT / "train.py")]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
+    assert process.returncode == 0, process.stderr
+    (run_dir,) = (folder / "runs").iterdir()
+    return process, run_dir
+
+
+@pytest.mark.slow
+def test_default_run_learns_and_says_so(default_run):
+    process, run_dir = default_run
+    lines = process.stdout.strip().splitlines()
+    accuracy = float(re.fullmatch(r"Validation Accuracy: (\d+\.\d\d)%", lines[-1])[1])
+    assert accuracy > 80
+    assert re.match(r"lora: [\d,]+ of [\d,]+ parameters train \(\d+\.\d\d%\)", lines[0])
+    assert sum(line.startswith("epoch ") for line in lines) == train.RECIPES["demo"]["epochs"]
+    assert re.fullmatch(r"demo-lora-0-\d{8}-\d{6}", run_dir.name)
+
+
+@pytest.mark.slow
+def test_default_run_leaves_its_files(default_run):
+    _, run_dir = default_run
+    names = {file.name for file in run_dir.iterdir() if not file.name.startswith("events.")}
+    assert names == {
+        "adapter.safetensors",
+        "config.json",
+        "metrics.csv",
+        "curves.png",
+        "predictions.png",
+    }
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(run_dir / name) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["recipe"] == "demo" and config["rank"] == train.RECIPES["demo"]["rank"]
+    assert config["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_default_run_s_tensorboard_and_metrics_agree(default_run):
+    process, run_dir = default_run
+    events = EventAccumulator(str(run_dir)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "lr", "images_per_second", "val/loss", "val/accuracy"} <= tags
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for tag, column in [
+        ("val/accuracy", "val_accuracy"),
+        ("train/loss", "train_loss"),
+        ("lr", "lr"),
+    ]:
+        written = [(int(row["step"]), float(row[column])) for row in rows if row[column]]
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert [step for step, _ in written] == [step for step, _ in shown]
+        assert [v for _, v in written] == pytest.approx([v for _, v in shown], rel=1e-5)
+    best = max(float(row["val_accuracy"]) for row in rows if row["val_accuracy"])
+    assert f"{best:.2%}" in process.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_default_run_s_adapter_has_the_accuracy_that_was_printed(default_run):
+    process, run_dir = default_run
+    model, info = checkpoint.load_adapter(run_dir / "adapter.safetensors")
+    val = data.load("demo").val
+    _, accuracy = train.evaluate(
+        model, data.batches(val, 100, info["preprocessing"]), torch.device("cpu"), torch.float32
+    )
+    assert process.stdout.strip().endswith(f"Validation Accuracy: {accuracy:.2%}")
+
+
+@pytest.mark.slow
+def test_tiny_imagenet_recipe_at_full_size(run_script, tmp_path):
+    """ViT-B/16 and 200 classes for two steps, on a generated tree: only the weights are random."""
+    tiny_imagenet(tmp_path / "data" / "tiny-imagenet-200")
+    arguments = "--recipe tiny-imagenet-lora --weights none --limit 8 --batch-size 4 --epochs 1"
+    process = run_script("train.py", *arguments.split(), "--out", "run")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.strip().splitlines()
+    # 12 blocks, rank 4: q, k, v, out 4 x 6,144, the mlp 2 x 15,360; the head 200 x 769
+    trainable = 12 * (4 * 6_144 + 2 * 15_360) + 200 * 769
+    assert f"lora: {trainable:,} of" in process.stdout
+    assert re.fullmatch(r"Validation Accuracy: \d+\.\d\d%", lines[-1])
+    model, info = checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
+    assert info["preprocessing"]["image_size"] == 224 and info["classes"][3] == "thing 3"
+    assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 200)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    wanted = {"rank": 4, "alpha": 32, "lr": 1e-3, "weight_decay": 0.03, "head_dropout": 0.1}
+    assert {key: config[key] for key in wanted} == wanted
+
+
+@pytest.mark.parametrize("adapter", checkpoint.METHODS)
+def test_train_from_python_for_every_adapter(adapter, tmp_path):
+    config = train.Config(adapter=adapter, out=str(tmp_path / "run"), **QUICK)
+    result = train.train(config)
+    assert 0 <= result["val_accuracy"] <= 1 and result["run_dir"] == str(tmp_path / "run")
+    assert (result["trainable"] == result["total"]) == (adapter == "full")
+    model, _ = checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
+    start, _ = vit.build("vit_mini", "embedded", 10)
+    frozen = {name.replace(".linear.", "."): p for name, p in model.named_parameters()}
+    moved = {
+        name
+        for name, p in start.named_parameters()
+        if not torch.equal(p, frozen[name]) and not name.startswith("heads.")
+    }
+    assert bool(moved) == (adapter == "full"), "adapters and probe leave the trunk as it was"
+
+
+def plain_loop(config, epochs_of_batches):
+    """AdamW and torch's own linear schedule on given batches: the oracle for the loop."""
+    torch.manual_seed(config.seed)
+    model, _ = vit.build("vit_mini", "embedded", 10)
+    checkpoint.adapt(model, "lora", config.rank, config.alpha)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    steps = sum(map(len, epochs_of_batches))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    for batches in epochs_of_batches:
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+            schedule.step()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("batch_size", "grad_accum"), [(20, 1), (5, 4), (4, 5)])
+def test_the_loop_is_adamw_with_a_linear_schedule_whatever_the_accumulation(
+    batch_size, grad_accum, tmp_path, monkeypatch
+):
+    """48 images in steps of 20: the third step of an epoch has 8, and weighs them as 8."""
+    config = train.Config(
+        limit=48,
+        epochs=2,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        lr=1e-2,
+        min_crop=0.5,
+        flip=True,
+        out=str(tmp_path / "run"),
+    )
+    run = train.prepare(config)
+    wide = {
+        "preprocessing": run.info["preprocessing"],
+        "train": True,
+        "min_crop": 0.5,
+        "flip": True,
+    }
+    oracle = plain_loop(
+        config,
+        [list(data.batches(run.dataset.train, 20, epoch=epoch, **wide)) for epoch in range(2)],
+    )
+    # the last epoch's tensors, not the best one's
+    monkeypatch.setattr(checkpoint, "restore", lambda model, path: None)
+    train.fit(run)
+    for name, p in run.model.named_parameters():
+        if name in oracle:
+            torch.testing.assert_close(p, oracle[name], rtol=1e-4, atol=2e-6, msg=name)
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+    assert rates == pytest.approx([1e-2 * (6 - step) / 6 for step in range(6)])
+
+
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+    accuracies = iter([(1.0, 0.5), (0.5, 0.8), (0.9, 0.3)])
+    states = []
+
+    def judged(model, *_):
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+        return next(accuracies)
+
+    monkeypatch.setattr(train, "evaluate", judged)
+    result = train.train(train.Config(out=str(tmp_path / "run"), **{**QUICK, "epochs": 3}))
+    assert (result["val_accuracy"], result["best_epoch"]) == (0.8, 2)
+    kept, _ = checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
+    head = kept.heads.head.weight
+    assert torch.equal(head, states[1]["heads.head.weight"])
+    assert not torch.equal(head, states[2]["heads.head.weight"])
+
+
+def test_evaluation_counts_every_image_once():
+    model = torch.nn.Linear(4, 3)
+    images, labels = torch.randn(25, 4), torch.randint(3, (25,))
+    batches = DataLoader(TensorDataset(images, labels), 10)
+    loss, accuracy = train.evaluate(model, batches, torch.device("cpu"), torch.float32)
+    logits = model(images)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+
+
+def test_same_seed_same_result_bit_for_bit(tmp_path):
+    def tensors(name, **changed):
+        config = train.Config(out=str(tmp_path / name), adapter_dropout=0.1, **{**QUICK, **changed})
+        train.train(config)
+        return checkpoint.read_adapter(tmp_path / name / "adapter.safetensors")[0]
+
+    a, b, c = tensors("a"), tensors("b", workers=2), tensors("c", seed=1)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(torch.equal(a[key], c[key]) for key in a)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_float32_tensors(amp, tmp_path):
+    config = train.Config(amp=amp, out=str(tmp_path / "run"), **QUICK)
+    result = train.train(config)
+    tensors, _ = checkpoint.read_adapter(tmp_path / "run" / "adapter.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert math.isfinite(result["val_loss"])
+    assert any(t.any() for name, t in tensors.items() if name.endswith("lora_B")), "it has stepped"
+
+
+def test_test_split_is_evaluated_on_request(tmp_path):
+    result = train.train(train.Config(test=True, out=str(tmp_path / "run"), **QUICK))
+    assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_recipe_then_flags():
+    tiny = train.Config(recipe="tiny-imagenet-lora")
+    assert (tiny.dataset, tiny.weight_decay, tiny.rank) == ("tiny-imagenet", 0.03, 4)
+    assert train.Config(recipe="tiny-imagenet-lora", rank=8).rank == 8
+    assert train.parse([]) == train.Config()
+    parsed = train.parse("--recipe tiny-imagenet-lora --rank 8 --no-flip --classes a,b".split())
+    assert parsed == train.Config("tiny-imagenet-lora", rank=8, flip=False, classes="a,b")
+    assert parsed.alpha == 32 and isinstance(parsed.alpha, float)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--recipe nothing", "--recipe nothing: expected one of demo"),
+        ("--dataset mnist", "--dataset mnist: expected one of demo"),
+        ("--dataset tiny-imagenet", "Tiny-ImageNet not found: looked in"),
+        ("--dataset folder --data-dir nowhere", "nowhere not found"),
+        ("--classes eleven", "'eleven'; did you mean seven"),
+        ("--adapter dora", "--adapter dora: expected one of lora, loha, lokr, head, full"),
+        ("--rank 0", "--rank 0: expected >= 1"),
+        ("--rank 129", "expected at most 128"),
+        ("--alpha 0", "--alpha 0.0: expected > 0"),
+        ("--targets nothing", "match no nn.Linear; there are: encoder.layers"),
+        ("--weights nowhere.pth", "no such file, and no such name"),
+        ("--model vit_b_16 --weights embedded", "expected shape (1, 1, 768), found (1, 1, 128)"),
+        ("--image-size 30", "multiple of its patch size, 7"),
+        ("--epochs 0", "--epochs 0: expected >= 1"),
+        ("--lr -1", "--lr -1.0: expected > 0"),
+        ("--lr nan", "--lr nan: expected > 0"),
+        ("--min-crop 0", "--min-crop 0.0: expected in (0, 1]"),
+        ("--head-dropout 1", "--head-dropout 1.0: expected in [0, 1)"),
+        ("--limit 0", "--limit 0: expected >= 1"),
+        ("--device cuda:99", "--device cuda:99: cannot be used"),
+        ("--out /dev/null/run", "--out /dev/null/run: cannot be made (Not a directory)"),
+        ("--rank four", "argument --rank: invalid int value: 'four'; see --help"),
+        ("--ranks 4", "unrecognized arguments: --ranks 4; see --help"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(flags.split()) == 2
+    errors = capsys.readouterr().err.strip()
+    assert message in errors and errors.startswith("train.py: ")
+    assert "\n" not in errors
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    train.train(train.Config(out=str(tmp_path / "run"), **QUICK))
+    before = (tmp_path / "run" / "adapter.safetensors").read_bytes()
+    assert train.main(["--out", str(tmp_path / "run"), "--limit", "20"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter.safetensors").read_bytes() == before
+
+
+def test_status_2_and_no_traceback_as_a_process(run_script):
+    process = run_script("train.py", "--rank", "0")
+    assert process.returncode == 2 and process.stdout == ""
+    assert process.stderr == "train.py: --rank 0: expected >= 1\n"
