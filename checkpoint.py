@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import vit
@@ -99,7 +99,7 @@ def save_adapter(path: str | Path, model: nn.Module, info: dict) -> None:
     }
     metadata = {key: value if key in TEXTS else json.dumps(value) for key, value in info.items()}
     with atomic(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata)
+        temporary.write_bytes(save(tensors, metadata))
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:

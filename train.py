@@ -89,13 +89,14 @@ RECIPES = {
         "dataset": "demo",
         "model": "vit_mini",
         "weights": "embedded",
-        "min_crop": 1.0,
-        "flip": False,
+        "min_crop": 0.7,
+        "flip": False,  # a mirrored digit is no digit
+        "adapter": "lora",
         "rank": 4,
-        "alpha": 32.0,
-        "epochs": 5,
+        "alpha": 16.0,
+        "epochs": 6,
         "batch_size": 64,
-        "lr": 3e-3,
+        "lr": 5e-3,
     },
     "tiny-imagenet-lora": {
         "dataset": "tiny-imagenet",
@@ -128,6 +129,9 @@ class Run:
     dtype: torch.dtype  # of autocast; float32 is off
     folder: Path
 
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+
 
 def train(config: Config) -> dict:
     """Train as config says; return val_accuracy (0..1, the best epoch's), run_dir, trainable, total, ...
@@ -143,16 +147,10 @@ def prepare(config: Config) -> Run:
     device = pick_device(config.device)
     dtype = pick_dtype(config.amp, device)
     torch.manual_seed(config.seed)
-    dataset = data.load(
-        config.dataset, config.data_dir, config.limit, config.classes, config.workers
-    )
+    c = config
+    dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.workers)
     model, preprocessing = vit.build(
-        config.model,
-        config.weights,
-        len(dataset.classes),
-        config.image_size,
-        config.head_dropout,
-        config.seed,
+        c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
     )
     arguments = {key: getattr(config, key) for key in checkpoint.ADAPT}
     trainable, total = checkpoint.adapt(
@@ -172,7 +170,7 @@ def prepare(config: Config) -> Run:
 
 
 def fit(run: Run) -> dict:
-    """The loop: train for the epochs of the config, evaluate after each, keep the best."""
+    """Train for the epochs of the config, evaluate after each, keep the best, draw the pictures."""
     config, dataset = run.config, run.dataset
     model = run.model.to(run.device)
     replicas = nn.DataParallel(model) if many_gpus(run.device) else model
@@ -182,103 +180,90 @@ def fit(run: Run) -> dict:
     per_step = config.batch_size * config.grad_accum
     steps = -(-len(dataset.train) // per_step)  # of an epoch; the last one may be smaller
     log = Log(run, steps)
-    best = {"val_accuracy": -1.0}
+    best, file = {"val_accuracy": -1.0}, run.folder / "adapter.safetensors"
 
     for epoch in range(config.epochs):
         model.train()
-        batches = iter(load_batches(run, dataset.train, train=True, epoch=epoch))
-        for step in tqdm(
-            range(steps), f"epoch {epoch + 1}/{config.epochs}", leave=False, disable=None
-        ):
+        batches = load_batches(run, dataset.train, train=True, epoch=epoch)
+        progress = f"epoch {epoch + 1}/{config.epochs}"
+        for step in tqdm(range(steps), progress, leave=False, disable=None):
             done = epoch * steps + step
-            optimizer.param_groups[0]["lr"] = lr = config.lr * (1 - done / (config.epochs * steps))
-            images_of_step = min(per_step, len(dataset.train) - step * per_step)
-            loss_of_step = torch.zeros((), device=run.device)
-            for _ in range(-(-images_of_step // config.batch_size)):
-                images, labels = next(batches)
-                with torch.autocast(run.device.type, run.dtype, run.dtype != torch.float32):
-                    logits = replicas(images)
-                loss = F.cross_entropy(logits.float(), labels, reduction="sum") / images_of_step
-                scaler.scale(loss).backward()
-                loss_of_step += loss.detach()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            log.step(done + 1, loss_of_step, lr, images_of_step)
-        result = evaluate(replicas, load_batches(run, dataset.val), run.device, run.dtype)
-        log.epoch(epoch + 1, *result)
-        if result[1] > best["val_accuracy"]:
-            best = {"val_loss": result[0], "val_accuracy": result[1], "best_epoch": epoch + 1}
-            checkpoint.save_adapter(run.folder / "adapter.safetensors", model, run.info)
+            lr = config.lr * (1 - done / (config.epochs * steps))
+            optimizer.param_groups[0]["lr"] = lr
+            images = min(per_step, len(dataset.train) - step * per_step)
+            loss = train_step(run, replicas, batches, images, optimizer, scaler)
+            log.step(done + 1, loss, lr, images)
+        val_loss, val_accuracy = evaluate(replicas, load_batches(run, dataset.val), run)
+        log.epoch(epoch + 1, val_loss, val_accuracy)
+        if val_accuracy > best["val_accuracy"]:
+            best = {"val_loss": val_loss, "val_accuracy": val_accuracy, "best_epoch": epoch + 1}
+            checkpoint.save_adapter(file, model, run.info)
 
-    checkpoint.restore(model, run.folder / "adapter.safetensors")
+    checkpoint.restore(model, file)
     if config.test and dataset.test is not None:
-        test = evaluate(replicas, load_batches(run, dataset.test), run.device, run.dtype)
-        best |= {"test_loss": test[0], "test_accuracy": test[1]}
-        print(f"Test Accuracy: {test[1]:.2%}")
+        test_loss, test_accuracy = evaluate(replicas, load_batches(run, dataset.test), run)
+        best |= {"test_loss": test_loss, "test_accuracy": test_accuracy}
+        print(f"Test Accuracy: {test_accuracy:.2%}")
     log.close(best)
     draw(run, best["val_accuracy"])
     print(f"run folder: {run.folder}")
     print(f"Validation Accuracy: {best['val_accuracy']:.2%}")
-    return {
-        **best,
-        "run_dir": str(run.folder),
-        "trainable": run.trainable,
-        "total": run.total,
-        "images_per_second": log.images_per_second,
-    }
+    counts = {"trainable": run.trainable, "total": run.total}
+    speed = {"images_per_second": log.images_per_second}
+    return {**best, **counts, **speed, "run_dir": str(run.folder)}
+
+
+def train_step(run, model, batches, images: int, optimizer, scaler) -> torch.Tensor:
+    """One step of the optimizer on the next so many images; the mean loss of them, on the device.
+
+    Each batch weighs as much as it has images: the gradient is that of all of them in one batch.
+    """
+    mean_loss = torch.zeros((), device=run.device)
+    for _ in range(-(-images // run.config.batch_size)):
+        pixels, labels = next(batches)
+        with run.autocast():
+            logits = model(pixels)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / images
+        scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return mean_loss
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches, device: torch.device, dtype: torch.dtype):
+def evaluate(model: nn.Module, batches, run: Run) -> tuple[float, float]:
     """Mean cross-entropy and accuracy (0..1) of the model over all batches, in eval mode."""
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64)
-    correct = total = 0
+    loss = correct = total = 0
     for images, labels in batches:
-        with torch.autocast(device.type, dtype, dtype != torch.float32):
-            logits = model(images).float()
-        loss += F.cross_entropy(logits, labels, reduction="sum").cpu()
+        with run.autocast():
+            logits = model(images)
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         correct += (logits.argmax(-1) == labels).sum().item()
         total += len(labels)
-    return loss.item() / total, correct / total
+    return loss / total, correct / total
 
 
 def load_batches(run: Run, split: data.Split, train: bool = False, epoch: int = 0):
     """The batches of a split as the run's config wants them."""
-    config = run.config
+    c, preprocessing = run.config, run.info["preprocessing"]
+    augment = {"train": train, "min_crop": c.min_crop, "flip": c.flip}
+    random = {"seed": c.seed, "epoch": epoch}
     return data.batches(
-        split,
-        config.batch_size,
-        run.info["preprocessing"],
-        run.device,
-        train,
-        config.min_crop,
-        config.flip,
-        config.seed,
-        epoch,
-        config.workers,
+        split, c.batch_size, preprocessing, run.device, workers=c.workers, **augment, **random
     )
 
 
 class Log:
     """What a run says of itself: TensorBoard events, metrics.csv and one printed line an epoch."""
 
-    COLUMNS = (
-        "epoch",
-        "step",
-        "lr",
-        "train_loss",
-        "images_per_second",
-        "val_loss",
-        "val_accuracy",
-    )
+    COLUMNS = "epoch step lr train_loss images_per_second val_loss val_accuracy".split()
 
     def __init__(self, run: Run, steps: int):
         self.run, self.steps = run, steps
-        self.every = max(
-            1, steps // 20
-        )  # steps between two points; reading a loss waits for the GPU
+        self.every = max(1, steps // 20)  # steps to a point: to read a loss is to wait for the GPU
         self.images_per_second = 0.0
         self.writer = SummaryWriter(run.folder)
         self.start_epoch()
@@ -337,11 +322,9 @@ class Log:
 def draw(run: Run, accuracy: float) -> None:
     """curves.png and predictions.png: 24 validation images and what the best epoch says of them."""
     config = run.config
-    what = (
-        config.adapter
-        if config.adapter in ("head", "full")
-        else f"{config.adapter} rank {config.rank}"
-    )
+    names = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "head": "linear probe", "full": "full"}
+    what = names[config.adapter]
+    what += f" rank {config.rank}" if config.adapter in checkpoint.ADAPTERS else ""
     pictures.plot_curves(
         run.folder / "metrics.csv",
         run.folder / "curves.png",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,11 +171,12 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     checkpoint.save_adapter(path, model, info)
     before = path.read_bytes()
 
-    def full_disk(tensors, file, metadata):
-        file.write_bytes(b"half of it")
+    def full_disk(file, content):
+        with open(file, "wb") as half:
+            half.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save_adapter(path, model, info)
     assert path.read_bytes() == before

@@ -19,6 +19,7 @@ import data
 import train
 import vit
 
+ON_CPU = train.Run(*[None] * 6, torch.device("cpu"), torch.float32, None)
 QUICK = {"limit": 48, "epochs": 2, "batch_size": 16, "workers": 0}
 
 
@@ -93,9 +94,7 @@ def test_default_run_s_adapter_has_the_accuracy_that_was_printed(default_run):
     process, run_dir = default_run
     model, info = checkpoint.load_adapter(run_dir / "adapter.safetensors")
     val = data.load("demo").val
-    _, accuracy = train.evaluate(
-        model, data.batches(val, 100, info["preprocessing"]), torch.device("cpu"), torch.float32
-    )
+    _, accuracy = train.evaluate(model, data.batches(val, 100, info["preprocessing"]), ON_CPU)
     assert process.stdout.strip().endswith(f"Validation Accuracy: {accuracy:.2%}")
 
 
@@ -212,7 +211,7 @@ def test_evaluation_counts_every_image_once():
     model = torch.nn.Linear(4, 3)
     images, labels = torch.randn(25, 4), torch.randint(3, (25,))
     batches = DataLoader(TensorDataset(images, labels), 10)
-    loss, accuracy = train.evaluate(model, batches, torch.device("cpu"), torch.float32)
+    loss, accuracy = train.evaluate(model, batches, ON_CPU)
     logits = model(images)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
