@@ -122,7 +122,7 @@ def batches(
     preprocessing: vit.build's dict of image_size, mean, std and crop.
     train: shuffle and augment, as seed and epoch say. Otherwise: in order, the centre of each image.
     min_crop: the smallest random crop, as a part of the image's area; 1 for the centre, as evaluation.
-    flip: mirror every second image, at random, left to right.
+    flip: mirror left to right, each image with probability one half.
     """
     size = preprocessing["image_size"]
     order, draws = torch.arange(len(split)), None
@@ -182,16 +182,12 @@ class Crops(TorchDataset):
             boxes, flips = self.boxes(torch.tensor([row]), height, width)
             left, top, wide, high = (float(side) for side in boxes)
             # A JPEG decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop still has size.
-            need = [
-                max(1, math.ceil(self.size * s / c)) for s, c in ((width, wide), (height, high))
-            ]
+            need = math.ceil(self.size * width / wide), math.ceil(self.size * height / high)
             image.draft("RGB", need[::-1] if turned else need)
             image = to_rgb(image, self.split.files[row])
         across, down = image.width / width, image.height / height
-        right, bottom = (
-            min((left + wide) * across, image.width),
-            min((top + high) * down, image.height),
-        )
+        right = min((left + wide) * across, image.width)  # rounding could put it a hair outside
+        bottom = min((top + high) * down, image.height)
         box = (left * across, top * down, right, bottom)
         image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
         if flips[0]:
@@ -204,7 +200,7 @@ class Crops(TorchDataset):
         boxes, flips = self.boxes(rows, *images.shape[1:3])
         if pinned:
             images = images.pin_memory()
-        images = images.to(device, non_blocking=True).float()
+        images = images.to(device, non_blocking=True).to(boxes.dtype)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
         images = resize(images, boxes.to(device), flips.to(device), self.size)
         return images.expand(-1, 3, -1, -1)  # grey: the same three times

@@ -60,7 +60,7 @@ def plot_predictions(
     """Images (N, 3, H, W) in 0..1 with the predicted class; where it is wrong, the true one too."""
     columns = min(8, len(images))
     rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.35 * columns, 1.75 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.35 * columns, 1.6 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     probabilities = logits.softmax(-1)
     for axes in grid.flat:
