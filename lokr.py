@@ -135,7 +135,8 @@ class LoKrLinear(nn.Module):
         merged = nn.utils.skip_init(
             nn.Linear, in_features, out_features, bias is not None, device=W.device, dtype=W.dtype
         )
-        delta = self.delta_weight()  # float32 or wider, and so is the sum
+        with torch.autocast(W.device.type, enabled=False):
+            delta = self.delta_weight()  # float32 or wider, and so is the sum
         merged.weight.copy_(W + delta)
         if bias is not None:
             merged.bias.copy_(bias)
@@ -190,7 +191,9 @@ def replace_linear(
     if targets == "all":
         chosen = [name for name in names if not (head and head in name)]
     else:
-        ends = tuple("." + t for t in (targets.split(",") if isinstance(targets, str) else targets))
+        ends = tuple(
+            "." + t.strip() for t in (targets.split(",") if isinstance(targets, str) else targets)
+        )
         chosen = [name for name in names if f".{name}".endswith(ends)]
     if not chosen:
         raise ValueError(
