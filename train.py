@@ -173,7 +173,7 @@ def fit(run: Run) -> dict:
     """Train for the epochs of the config, evaluate after each, keep the best, draw the pictures."""
     config, dataset = run.config, run.dataset
     model = run.model.to(run.device)
-    replicas = nn.DataParallel(model) if many_gpus(run.device) else model
+    replicas = nn.DataParallel(Autocast(model, run)) if many_gpus(run.device) else model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -211,6 +211,18 @@ def fit(run: Run) -> dict:
     counts = {"trainable": run.trainable, "total": run.total}
     speed = {"images_per_second": log.images_per_second}
     return {**best, **counts, **speed, "run_dir": str(run.folder)}
+
+
+class Autocast(nn.Module):
+    """The model under the run's autocast, whose dtype does not reach DataParallel's threads."""
+
+    def __init__(self, model: nn.Module, run: Run):
+        super().__init__()
+        self.model, self.device_type, self.dtype = model, run.device.type, run.dtype
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device_type, self.dtype, self.dtype != torch.float32):
+            return self.model(images)
 
 
 def train_step(run, model, batches, images: int, optimizer, scaler) -> torch.Tensor:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import threading
 
 import pytest
 import torch
@@ -306,3 +307,13 @@ def test_status_2_and_no_traceback_as_a_process(run_script):
     process = run_script("train.py", "--rank", "0")
     assert process.returncode == 2 and process.stdout == ""
     assert process.stderr == "train.py: --rank 0: expected >= 1\n"
+
+
+def test_autocast_reaches_the_threads_of_data_parallel():
+    run = train.Run(*[None] * 6, torch.device("cpu"), torch.bfloat16, None)
+    wrapped, dtypes = train.Autocast(torch.nn.Linear(4, 3), run), []
+    with run.autocast():
+        thread = threading.Thread(target=lambda: dtypes.append(wrapped(torch.ones(1, 4)).dtype))
+        thread.start()
+        thread.join()
+    assert dtypes == [torch.bfloat16]
