@@ -3,7 +3,7 @@
 adapter.safetensors holds the tensors that were trained (adapter, head, biases; with --adapter full
 the whole model) under their names in the model. Its metadata, all strings, say the rest: adapter,
 rank, alpha, targets and the other arguments of adapt; model and weights, the arguments of vit.build;
-trunk, a hash of the frozen tensors; classes and preprocessing. What is no text there is JSON.
+trunk, a hash of the frozen tensors; classes and preprocessing. All but TEXTS are written as JSON.
 
     model, info = load_adapter("runs/x/adapter.safetensors")      # in eval mode
 """
@@ -68,10 +68,14 @@ def adapt(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the names and values of the frozen parameters: which trunk an adapter belongs to."""
+    """A hash of the names and values of the frozen parameters: which trunk an adapter belongs to.
+
+    The position embedding is left out: for another image size it is interpolated, and processors
+    differ in how they round that.
+    """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and name != "encoder.pos_embedding":
             digest.update(name.encode())
             digest.update(parameter.detach().cpu().contiguous().numpy())
     return digest.hexdigest()[:16]
@@ -130,10 +134,17 @@ def restore(model: nn.Module, path: str | Path) -> dict:
     Raises ValueError, with the model unchanged, if a tensor or the trunk does not fit.
     """
     tensors, info = read_adapter(path)
+    copy_tensors(model, tensors, info, path)
+    return info
+
+
+def copy_tensors(model: nn.Module, tensors: dict, info: dict, path: str | Path) -> None:
+    """Put the tensors of an adapter file where they belong, or raise ValueError: see restore."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if problem := vit.first_mismatch(trainable, tensors):
         raise ValueError(f"{path}: {problem}")
-    if (found := fingerprint(model)) != info["trunk"]:
+    # A random trunk comes from its seed, and processors differ in how they round that: not compared.
+    if info["weights"] != "none" and (found := fingerprint(model)) != info["trunk"]:
         raise ValueError(
             f"{path}: trunk: expected {info['trunk']} (weights {info['weights']!r}), found {found}; "
             "the adapter was trained on other weights"
@@ -141,7 +152,6 @@ def restore(model: nn.Module, path: str | Path) -> dict:
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(tensors[name])
-    return info
 
 
 def load_adapter(
@@ -153,13 +163,13 @@ def load_adapter(
     info: adapter, rank, alpha, targets, model, weights, classes, preprocessing and what else adapt needs.
     Raises OSError or ValueError, naming the file and the key, for what is missing or does not fit.
     """
-    _, info = read_adapter(path)
+    tensors, info = read_adapter(path)
     weights = weights or ("none" if info["adapter"] == "full" else info["weights"])
     size, seed = info["preprocessing"]["image_size"], info["seed"]
     try:
         model, _ = vit.build(info["model"], weights, len(info["classes"]), size, seed=seed)
         adapt(model, **{key: info[key] for key in ADAPT})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    restore(model, path)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    copy_tensors(model, tensors, info, path)
     return model.to(device).eval(), info

@@ -16,7 +16,10 @@ import gzip
 import hashlib
 import math
 import os
+import sys
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,7 +29,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
@@ -69,15 +71,13 @@ def load(
     data_dir: str | None = None,
     limit: int | None = None,
     classes: str | list[str] | None = None,
-    workers: int | None = None,
 ) -> Dataset:
-    """Find a data set and decode it if its images are small.
+    """Find a data set: its classes, and the files or pixels of its splits. Nothing is decoded yet.
 
     name: one of SOURCES.
     data_dir: where it lies (or a folder above it); None searches ./data and /kaggle/input.
-    limit: at most this many images of each split, as even over the classes as they go.
+    limit: at most this many images of each split, of every class as many or one fewer.
     classes: keep the images of these classes only; the list of classes stays whole.
-    workers: processes that decode; None for one per usable core.
 
     Raises FileNotFoundError if it is not there, ValueError for what is wrong with it or the arguments.
     """
@@ -86,8 +86,9 @@ def load(
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit}: expected at least 1 image of each split")
     splits, names = SOURCES[name](data_dir)
-    wanted = classes.split(",") if isinstance(classes, str) else classes
-    for unknown in set(wanted or []) - set(names):
+    wanted = classes.split(",") if isinstance(classes, str) else classes or []
+    wanted = [name.strip() for name in wanted]
+    for unknown in sorted(set(wanted) - set(names)):
         near = get_close_matches(unknown, names, n=3) or names[:3]
         raise ValueError(f"classes: {name} has no {unknown!r}; did you mean {', '.join(near)}?")
     for key, split in splits.items():
@@ -99,10 +100,18 @@ def load(
             split = split.rows(even_rows(split.labels, limit))
         if not len(split):
             raise ValueError(f"{name}: no image is left in its {key} split; check --classes")
-        if split.pixels is None and is_small(split.files):
-            split = Split(split.labels, pixels=decode_all(split.files, usable(workers), key))
         splits[key] = split
     return Dataset(names, **splits)
+
+
+def keep_small(split: Split, workers: int | None = None) -> None:
+    """Decode a split once and for all, if its images are of one size and small.
+
+    workers: processes that decode; None for one per usable core.
+    Raises ValueError for a file that is no image.
+    """
+    if split.pixels is None and is_small(split.files):
+        split.pixels = decode_all(split.files, usable(workers))
 
 
 def batches(
@@ -121,7 +130,7 @@ def batches(
 
     preprocessing: vit.build's dict of image_size, mean, std and crop.
     train: shuffle and augment, as seed and epoch say. Otherwise: in order, the centre of each image.
-    min_crop: the smallest random crop, as a part of the image's area; 1 for the centre, as evaluation.
+    min_crop: the smallest random crop, as a fraction of the image's area; 1 for the centre, as in evaluation.
     flip: mirror left to right, each image with probability one half.
     """
     size = preprocessing["image_size"]
@@ -138,6 +147,7 @@ def batches(
             crops,
             batch_sampler=[chunk.tolist() for chunk in chunks],
             num_workers=usable(workers),
+            collate_fn=stack,
             pin_memory=pinned,
             generator=torch.Generator(),  # it draws a number for each worker: not from the run's own
         )
@@ -149,7 +159,7 @@ def batches(
     )
     for chunk, images in zip(chunks, loader, strict=True):
         labels = torch.from_numpy(split.labels[chunk.numpy()])
-        images = images.to(device, non_blocking=True)
+        images = unless_error(images).to(device, non_blocking=True)
         yield (images - mean) / std, labels.to(device, non_blocking=True)
 
 
@@ -174,9 +184,15 @@ class Crops(TorchDataset):
             boxes = centre_boxes(len(rows), height, width, self.centre)
         return boxes, (draws[:, 4] < 0.5) & self.flip
 
-    def __getitem__(self, row: int) -> torch.Tensor:
-        """From a file: uint8 (3, size, size). Runs in a worker process."""
-        with open_image(self.split.files[row]) as image:
+    def __getitem__(self, row: int) -> torch.Tensor | ValueError:
+        """From a file: uint8 (3, size, size), or what is wrong with it. Runs in a worker process."""
+        try:
+            return self.crop(row)
+        except ValueError as error:
+            return error
+
+    def crop(self, row: int) -> torch.Tensor:
+        with opened(self.split.files[row]) as image:
             turned = image.getexif().get(ORIENTATION, 1) >= 5  # on its side: width is height
             width, height = image.size[::-1] if turned else image.size
             boxes, flips = self.boxes(torch.tensor([row]), height, width)
@@ -184,7 +200,7 @@ class Crops(TorchDataset):
             # A JPEG decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop still has size.
             need = math.ceil(self.size * width / wide), math.ceil(self.size * height / high)
             image.draft("RGB", need[::-1] if turned else need)
-            image = to_rgb(image, self.split.files[row])
+            image = to_rgb(image)
         across, down = image.width / width, image.height / height
         right = min((left + wide) * across, image.width)  # rounding could put it a hair outside
         bottom = min((top + high) * down, image.height)
@@ -219,9 +235,9 @@ def random_boxes(draws: torch.Tensor, height: int, width: int, min_crop: float) 
     return torch.stack([draws[:, 2] * (width - wide), draws[:, 3] * (height - high), wide, high])
 
 
-def centre_boxes(n: int, height: int, width: int, part: float) -> torch.Tensor:
-    """The centred square whose side is this part of the shorter side, (4, n): see random_boxes."""
-    side = part * min(height, width)
+def centre_boxes(n: int, height: int, width: int, share: float) -> torch.Tensor:
+    """The centred square whose side is this share of the shorter side, (4, n): see random_boxes."""
+    side = share * min(height, width)
     box = torch.tensor([(width - side) / 2, (height - side) / 2, side, side])
     return box[:, None].expand(4, n)
 
@@ -251,19 +267,20 @@ def resize_matrix(start: torch.Tensor, length: torch.Tensor, pixels: int, size: 
 ORIENTATION = 0x0112  # the EXIF tag
 
 
-def open_image(path: str) -> Image.Image:
+@contextmanager
+def opened(path: str) -> Iterator[Image.Image]:
+    """An image file, open. Whatever goes wrong with it comes as a ValueError that names it."""
     try:
-        return Image.open(path)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: not an image that can be read ({error}); remove it") from None
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from None
 
 
-def to_rgb(image: Image.Image, path: str) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image, upright, as RGB."""
-    try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: not an image that can be read ({error}); remove it") from None
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 class Whole(TorchDataset):
@@ -275,36 +292,48 @@ class Whole(TorchDataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        with open_image(self.files[row]) as image:
-            return np.array(to_rgb(image, self.files[row]))
+    def __getitem__(self, row: int) -> torch.Tensor | ValueError:
+        try:
+            with opened(self.files[row]) as image:
+                return torch.from_numpy(np.array(to_rgb(image)))
+        except ValueError as error:
+            return error
+
+
+def stack(images: list) -> torch.Tensor | ValueError:
+    """A batch, or its first error: an error that a worker raises would come as a page of traceback."""
+    return next((i for i in images if isinstance(i, ValueError)), None) or torch.stack(images)
+
+
+def unless_error(batch: torch.Tensor | ValueError) -> torch.Tensor:
+    if isinstance(batch, ValueError):
+        raise batch
+    return batch
 
 
 def is_small(files: list[str]) -> bool:
     """Whether all images are of one size, and it is small."""
     first = None
     for path in files:
-        with open_image(path) as image:  # reads the header alone
+        with opened(path) as image:  # reads the header alone
             first = first or image.size
             if max(first) > SMALL or image.size != first:
                 return False
     return True
 
 
-def decode_all(files: list[str], workers: int, name: str) -> np.ndarray:
+def decode_all(files: list[str], workers: int) -> np.ndarray:
     """All of the files as one array, uint8 (N, H, W, 3)."""
     workers = workers if len(files) > 1000 else 0  # few files are read before a process has started
-    loader = DataLoader(
-        Whole(files), batch_size=250, num_workers=workers, collate_fn=np.stack, shuffle=False
-    )
-    out = None
-    with tqdm(total=len(files), desc=f"decode {name}", unit=" images", leave=False) as progress:
-        for images in loader:
-            if out is None:
-                out = np.empty((len(files), *images.shape[1:]), np.uint8)
-            out[progress.n : progress.n + len(images)] = images
-            progress.update(len(images))
-    return out
+    loader = DataLoader(Whole(files), batch_size=250, num_workers=workers, collate_fn=stack)
+    pixels = [unless_error(images).numpy() for images in progress(loader, desc="decode")]
+    return np.concatenate(pixels)
+
+
+def progress(iterable=None, **how) -> tqdm:
+    """A bar for somebody who watches, in a terminal or a notebook; a log file gets none."""
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(iterable, leave=False, disable=not watched, **how)
 
 
 def usable(workers: int | None) -> int:
@@ -329,7 +358,8 @@ def even_rows(labels: np.ndarray, limit: int) -> np.ndarray:
 
 
 def stratified(names: list[str], labels: np.ndarray, parts: list[float]) -> list[np.ndarray]:
-    """Split rows so that each class is split in these parts; the rest is one part more.
+    """Split rows so that each class is split in these parts; the rest is one part more. The first part
+    has an image of every class, also of one too small to be split.
 
     The order is that of a hash of each name (a path relative to the data set): it does not depend on
     where the data lies, on the order of listing, or on a version of a random generator.
@@ -337,7 +367,7 @@ def stratified(names: list[str], labels: np.ndarray, parts: list[float]) -> list
     by_hash = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
     ranks, sizes = np.empty(len(labels), np.int64), np.bincount(labels)
     ranks[by_hash] = class_ranks(labels[by_hash])
-    ends = [np.floor(sizes * share + 1e-9)[labels] for share in np.cumsum(parts)]
+    ends = [np.floor(sizes * share + 1e-9).clip(1)[labels] for share in np.cumsum(parts)]
     part = sum((ranks >= end).astype(int) for end in ends)
     return [np.flatnonzero(part == k) for k in range(len(parts) + 1)]
 
@@ -351,16 +381,29 @@ def find(title: str, data_dir: str | None, fits: Callable[[Path], bool], needs: 
             if fits(folder):
                 print(f"{title}: {folder}")
                 return folder
-        level = [Path(entry) for folder in level for entry in os.scandir(folder) if entry.is_dir()]
-        level.sort()
+        level = [child for folder in level for child in subfolders(folder)]
     looked = " and ".join(str(root.absolute()) for root in roots)
     raise FileNotFoundError(f"{title} not found: looked in and below {looked} for {needs}")
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones; none of a folder that may not be read."""
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return []
+    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+    return [folder / name for name in sorted(names)]
+
+
 def demo(data_dir: str | None):
     """10,000 digits of MNIST: for each class 400 to train, 200 to validate, the rest to test."""
+    if data_dir:
+        raise ValueError(
+            f"--data-dir {data_dir}: the demo's digits lie in assets/; did you mean --dataset folder?"
+        )
     pixels, labels = (
-        read_idx(ASSETS / f"digits-{part}-ubyte.gz") for part in ("images-idx3", "labels-idx1")
+        read_idx(ASSETS, f"digits-{part}-ubyte") for part in ("images-idx3", "labels-idx1")
     )
     ranks = class_ranks(labels)
     splits = {"train": ranks < 400, "val": (ranks >= 400) & (ranks < 600), "test": ranks >= 600}
@@ -370,32 +413,46 @@ def demo(data_dir: str | None):
     }, classes
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """A gzipped idx file of bytes: uint8 images (N, H, W), or labels (N,) as int64."""
-    content = gzip.decompress(path.read_bytes())
-    sides = content[
-        3
-    ]  # the fourth byte is the number of dimensions, then each as a big-endian int32
-    shape = np.frombuffer(content, ">i4", sides, offset=4)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * sides).reshape(shape)
-    return values if sides > 1 else values.astype(np.int64)
-
-
 def fashion_mnist(data_dir: str | None):
     """60,000 and 10,000 clothes, 28 x 28, which the embedded trunk was pretrained on."""
+    names = {
+        (split, part): f"{prefix}-{part}-ubyte"
+        for split, prefix in (("train", "train"), ("val", "t10k"))
+        for part in ("images-idx3", "labels-idx1")
+    }
     root = find(
         "Fashion-MNIST",
         data_dir,
-        lambda folder: (folder / "FashionMNIST" / "raw").is_dir(),
-        "FashionMNIST/raw/ with its four idx files; torchvision.datasets.FashionMNIST(root, "
-        "download=True) gets them",
+        lambda folder: all(idx_file(folder, name) for name in names.values()),
+        f"a folder with {', '.join(names.values())}, gzipped or not; get them from "
+        "https://github.com/zalandoresearch/fashion-mnist",
     )
-    parts = {"train": True, "val": False}
-    found = {key: datasets.FashionMNIST(root, train=train) for key, train in parts.items()}
+    found = {key: read_idx(root, name) for key, name in names.items()}
     splits = {
-        key: Split(part.targets.numpy(), pixels=part.data.numpy()) for key, part in found.items()
+        key: Split(found[key, "labels-idx1"], pixels=found[key, "images-idx3"])
+        for key in ("train", "val")
     }
-    return splits, found["train"].classes
+    clothes = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+    return splits, clothes.split(",")
+
+
+def idx_file(folder: Path, name: str) -> Path | None:
+    there = (folder / name, folder / f"{name}.gz")
+    return next((path for path in there if path.is_file()), None)
+
+
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """An idx file of bytes, gzipped or not: uint8 images (N, H, W), or labels (N,) as int64."""
+    path = idx_file(folder, name)
+    content = path.read_bytes()
+    try:
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        sides = content[3]  # how many dimensions; then each as a big-endian int32
+        shape = np.frombuffer(content, ">i4", sides, offset=4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * sides).reshape(shape)
+    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole idx file ({error}); get it again") from None
+    return values if sides > 1 else values.astype(np.int64)
 
 
 def tiny_imagenet(data_dir: str | None):
@@ -407,7 +464,7 @@ def tiny_imagenet(data_dir: str | None):
         "a folder with wnids.txt and train/; get http://cs231n.stanford.edu/tiny-imagenet-200.zip, "
         "unzip it in ./data or name its folder with --data-dir (on Kaggle: Add Input, Tiny ImageNet)",
     )
-    ids = sorted((root / "wnids.txt").read_text().split())
+    ids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
     files, labels = list_classes(root / "train", ids)
     relative = [Path(file).relative_to(root).as_posix() for file in files]
     parts = stratified(relative, labels, [0.8, 0.1])
@@ -420,36 +477,44 @@ def readable_names(ids: list[str], words: Path) -> list[str]:
     """The first word that WordNet has for each id; the id too where two share it."""
     if not words.is_file():
         return ids
-    lines = (line.split("\t") for line in words.read_text().splitlines() if "\t" in line)
+    lines = (
+        line.split("\t") for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line
+    )
     word = {key: names.split(",")[0] for key, names in lines}
     names = [word.get(key, key) for key in ids]
     return [f"{n} {key}" if names.count(n) > 1 else n for n, key in zip(names, ids, strict=True)]
 
 
 def folder(data_dir: str | None):
-    """Class folders of one's own: DIR/train/cat/*.jpg and DIR/val/cat/*.jpg, or DIR/cat/*.jpg, of
-    which every fifth image validates."""
+    """Class folders of one's own: DIR/train/cat/*.jpg and DIR/val/cat/*.jpg (or valid, or validation),
+    or DIR/cat/*.jpg, of which one image in five validates."""
     root = Path(data_dir or "data")
     if not root.is_dir():
         raise FileNotFoundError(
             f"{root.absolute()} not found: --dataset folder needs --data-dir with a folder for each class"
         )
-    train, val = root / "train", root / "val"
-    top = train if train.is_dir() else root
-    classes = sorted(entry.name for entry in os.scandir(top) if entry.is_dir())
-    if not classes:
-        raise ValueError(f"{top}: no class folders; expected a folder of images for each class")
+    inside = {path.name: path for path in subfolders(root)}
+    split = "train" in inside and subfolders(inside["train"])  # else it is a class of trains
+    top, val = (inside["train"], None) if split else (root, None)
+    if split:
+        val = next(
+            (inside[name] for name in ("val", "valid", "validation") if name in inside), None
+        )
+    classes = [path.name for path in subfolders(top)]
+    if len(classes) < 2:
+        found = f"{classes[0]} alone; is it --data-dir {top / classes[0]}?" if classes else "none"
+        raise ValueError(
+            f"{top}: expected a folder of images for each of the classes, found {found}"
+        )
     files, labels = list_classes(top, classes)
     everything = Split(labels, files)
-    if not val.is_dir():
+    if not val:
         relative = [Path(file).relative_to(root).as_posix() for file in files]
         rows = stratified(relative, labels, [0.8])
         return dict(zip(("train", "val"), map(everything.rows, rows), strict=True)), classes
-    names = {entry.name for entry in os.scandir(val) if entry.is_dir()}
-    if unknown := sorted(names - set(classes)):
-        raise ValueError(
-            f"{val / unknown[0]}: a class that {train} does not have; add it or remove it"
-        )
+    unknown = [path for path in subfolders(val) if path.name not in classes]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: a class that {top} does not have; add it or remove it")
     val_files, val_labels = list_classes(val, classes, may_lack=True)
     return {"train": everything, "val": Split(val_labels, val_files)}, classes
 
@@ -462,7 +527,7 @@ def list_classes(root: Path, classes: list[str], may_lack: bool = False):
             os.path.join(path, file)
             for path, _, there in os.walk(root / name)
             for file in there
-            if file.lower().endswith(IMG_EXTENSIONS)
+            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
         )
         if not found and not may_lack:
             raise ValueError(f"{root / name}: no images; put some in or remove the folder")

@@ -13,10 +13,10 @@ Hyeon-Woo et al., FedPara: Low-Rank Hadamard Product for Communication-Efficient
 2021, arXiv 2108.06098, section 2.2; Yeh et al., Navigating Text-To-Image Customization: From LyCORIS
 Fine-Tuning to Model Evaluation, 2023, arXiv 2309.14859. Initialisation: PEFT's.
 
-The product of two matrices of rank r can have rank r^2: with LoRA's number of parameters at rank 2 r,
-the update spans r^2 directions instead of 2 r.
+The elementwise product of two matrices of rank r has a rank of up to r^2. LoRA of rank 2 r trains as many
+numbers, and its update has a rank of at most 2 r.
 
-Cost: delta W is built, as rank is all that an elementwise product leaves of the structure: 2 * rank
+Cost: delta W is built, since x cannot pass through the factors one after the other as in LoRA: 2 * rank
 products for each element of W, whatever the number of rows of x, and one product of x with it.
 
     from functools import partial
@@ -109,6 +109,8 @@ class LoHaLinear(nn.Module):
         merged.weight.copy_(W + delta)
         if bias is not None:
             merged.bias.copy_(bias)
+            merged.bias.requires_grad_(bias.requires_grad)
+        merged.weight.requires_grad_(W.requires_grad)
         return merged.train(self.training)
 
     @property
@@ -139,7 +141,7 @@ def replace_linear(
         (["query", "mlp.0"]; "query,mlp.0" is the same).
     head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without.
 
-    Raises ValueError, with the model unchanged, if nothing matches or a match is wrapped already.
+    Raises ValueError, with the model unchanged, if a target matches nothing or a layer that is wrapped.
     Warns of nn.MultiheadAttention: it reads its weights and calls no layer, so wrapping does nothing there.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -158,16 +160,16 @@ def replace_linear(
         if name and not name.startswith(inside) and (isinstance(m, nn.Linear) or name in adapted)
     ]
     if targets == "all":
-        chosen = [name for name in names if not (head and head in name)]
+        found = {"all": [name for name in names if not (head and head in name)]}
     else:
-        ends = tuple(
-            "." + t.strip() for t in (targets.split(",") if isinstance(targets, str) else targets)
-        )
-        chosen = [name for name in names if f".{name}".endswith(ends)]
-    if not chosen:
-        raise ValueError(
-            f"targets {targets!r} match no nn.Linear; there are: {', '.join(names) or 'none'}"
-        )
+        ends = targets.split(",") if isinstance(targets, str) else targets
+        ends = [end.strip() for end in ends]
+        found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for target, matches in found.items():
+        if not matches:
+            there = ", ".join(names) or "none"
+            raise ValueError(f"target {target!r} matches no nn.Linear; there are: {there}")
+    chosen = [name for name in names if any(name in matches for matches in found.values())]
     if again := [name for name in chosen if name in adapted]:
         raise ValueError(
             f"{again[0]!r} is wrapped already ({len(again)} such layers): merge(model) first"
@@ -208,7 +210,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Replace every adapter in the model by its merged nn.Linear, in place; return the model."""
     if hasattr(model, "delta_weight"):
         return model.merge()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if hasattr(module, "delta_weight"):
-            model.set_submodule(name, module.merge())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapters = {name: m for name, m in modules.items() if hasattr(m, "delta_weight")}
+    # An adapter that stands at two places becomes one layer, which then stands at both.
+    merged = {adapter: adapter.merge() for adapter in dict.fromkeys(adapters.values())}
+    for name, adapter in adapters.items():
+        model.set_submodule(name, merged[adapter])
     return model

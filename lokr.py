@@ -6,7 +6,7 @@
     W   (out, in)        frozen: the nn.Linear that LoKrLinear wraps
     W1  (out_l, in_m)    lokr_w1, trained, zero at the start: the first forward is the frozen layer's
     W2  (out_k, in_n)    lokr_w2, trained, kaiming_uniform(a=sqrt 5)
-    out = out_l * out_k and in = in_m * in_n, as near to square roots as they divide (factorization).
+    out = out_l * out_k and in = in_m * in_n, the two divisors nearest each other (factorization).
 
     W2 = W2a W2b, lokr_w2_a (out_k, rank) and lokr_w2_b (rank, in_n), if rank < max(out_k, in_n) / 2.
     W1 = W1a W1b likewise (W1a zero at the start), if decompose_both and rank < max(out_l, in_m) / 2.
@@ -140,6 +140,8 @@ class LoKrLinear(nn.Module):
         merged.weight.copy_(W + delta)
         if bias is not None:
             merged.bias.copy_(bias)
+            merged.bias.requires_grad_(bias.requires_grad)
+        merged.weight.requires_grad_(W.requires_grad)
         return merged.train(self.training)
 
     @property
@@ -170,7 +172,7 @@ def replace_linear(
         (["query", "mlp.0"]; "query,mlp.0" is the same).
     head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without.
 
-    Raises ValueError, with the model unchanged, if nothing matches or a match is wrapped already.
+    Raises ValueError, with the model unchanged, if a target matches nothing or a layer that is wrapped.
     Warns of nn.MultiheadAttention: it reads its weights and calls no layer, so wrapping does nothing there.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -189,16 +191,16 @@ def replace_linear(
         if name and not name.startswith(inside) and (isinstance(m, nn.Linear) or name in adapted)
     ]
     if targets == "all":
-        chosen = [name for name in names if not (head and head in name)]
+        found = {"all": [name for name in names if not (head and head in name)]}
     else:
-        ends = tuple(
-            "." + t.strip() for t in (targets.split(",") if isinstance(targets, str) else targets)
-        )
-        chosen = [name for name in names if f".{name}".endswith(ends)]
-    if not chosen:
-        raise ValueError(
-            f"targets {targets!r} match no nn.Linear; there are: {', '.join(names) or 'none'}"
-        )
+        ends = targets.split(",") if isinstance(targets, str) else targets
+        ends = [end.strip() for end in ends]
+        found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for target, matches in found.items():
+        if not matches:
+            there = ", ".join(names) or "none"
+            raise ValueError(f"target {target!r} matches no nn.Linear; there are: {there}")
+    chosen = [name for name in names if any(name in matches for matches in found.values())]
     if again := [name for name in chosen if name in adapted]:
         raise ValueError(
             f"{again[0]!r} is wrapped already ({len(again)} such layers): merge(model) first"
@@ -239,7 +241,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Replace every adapter in the model by its merged nn.Linear, in place; return the model."""
     if hasattr(model, "delta_weight"):
         return model.merge()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if hasattr(module, "delta_weight"):
-            model.set_submodule(name, module.merge())
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapters = {name: m for name, m in modules.items() if hasattr(m, "delta_weight")}
+    # An adapter that stands at two places becomes one layer, which then stands at both.
+    merged = {adapter: adapter.merge() for adapter in dict.fromkeys(adapters.values())}
+    for name, adapter in adapters.items():
+        model.set_submodule(name, merged[adapter])
     return model

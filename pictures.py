@@ -45,7 +45,7 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=150)
 
 
@@ -73,9 +73,13 @@ def plot_predictions(
         if not right:
             text += f"\nis {shorten(classes[label])}"
         axes.set_title(
-            text, fontsize=8, color=BLUE if right else ORANGE, weight="normal" if right else "bold"
+            text,
+            fontsize=8,
+            color=BLUE if right else ORANGE,
+            weight="normal" if right else "bold",
+            parse_math=False,  # a class may be called $5
         )
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.savefig(path, dpi=150)
 
 

@@ -12,7 +12,10 @@ or, in a notebook, the same with
 
 import argparse
 import csv
+import itertools
 import json
+import math
+import operator
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -24,7 +27,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 import checkpoint
 import data
@@ -46,7 +48,7 @@ class Config:
     data_dir: str | None = option(None, "where the data set lies (default: the known places)")
     limit: int | None = option(None, "at most this many images of each split")
     classes: str | None = option(None, "train on these classes only, names with commas")
-    min_crop: float = option(0.08, "smallest random crop, part of the area; 1: no random crop")
+    min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: none")
     flip: bool = option(True, "mirror training images at random")
     model: str = option("vit_b_16", "trunk", tuple(vit.MODELS))
     weights: str = option("imagenet1k", "imagenet1k, swag, embedded, none or a file")
@@ -57,10 +59,10 @@ class Config:
     targets: str = option("all", "all linear layers, or last parts of names with commas")
     factor: int = option(-1, "LoKr: rows and columns of W1; -1: near the square root")
     decompose_both: bool = option(False, "LoKr: W1 is a product of two factors too")
-    bias: str = option("none", "which biases train beside", ("none", "all", "adapter"))
+    bias: str = option("none", "which biases train as well", ("none", "all", "adapter"))
     head_dropout: float = option(0.0, "dropout before the head")
     adapter_dropout: float = option(0.0, "dropout of each adapter's input")
-    module_dropout: float = option(0.0, "probability that an adapter is left out of a step")
+    module_dropout: float = option(0.0, "probability that an adapter does nothing in a forward")
     epochs: int = option(5, "passes through the training split")
     batch_size: int = option(64, "images to a forward and backward")
     grad_accum: int = option(1, "batches to a step of the optimizer")
@@ -79,9 +81,18 @@ class Config:
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
         for f in fields(self):
-            if getattr(self, f.name) is None:
-                value = RECIPES[self.recipe].get(f.name, f.metadata["default"])
-                setattr(self, f.name, value)
+            value = getattr(self, f.name)
+            if value is None:
+                value = RECIPES[self.recipe].get(f.name, f.metadata.get("default"))
+            elif isinstance(value, Path):
+                value = str(value)
+            elif kind_of(f) in (int, float):  # NumPy's numbers too, which JSON does not take
+                try:
+                    value = operator.index(value) if kind_of(f) is int else float(value)
+                except (TypeError, ValueError):
+                    wanted = kind_of(f).__name__
+                    raise ValueError(f"{flag(f.name)} {value!r}: expected {wanted}") from None
+            setattr(self, f.name, value)
 
 
 RECIPES = {
@@ -129,9 +140,6 @@ class Run:
     dtype: torch.dtype  # of autocast; float32 is off
     folder: Path
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
-
 
 def train(config: Config) -> dict:
     """Train as config says; return val_accuracy (0..1, the best epoch's), run_dir, trainable, total, ...
@@ -148,7 +156,9 @@ def prepare(config: Config) -> Run:
     dtype = pick_dtype(config.amp, device)
     torch.manual_seed(config.seed)
     c = config
-    dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.workers)
+    dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes)
+    if c.test and dataset.test is None:
+        raise ValueError(f"--test: {c.dataset} has no test split, only train and validation")
     model, preprocessing = vit.build(
         c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
     )
@@ -157,6 +167,8 @@ def prepare(config: Config) -> Run:
         model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
     )
     check_rank(config, model)
+    for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
+        data.keep_small(split, c.workers)
     info = {
         **arguments,
         "model": config.model,
@@ -173,7 +185,9 @@ def fit(run: Run) -> dict:
     """Train for the epochs of the config, evaluate after each, keep the best, draw the pictures."""
     config, dataset = run.config, run.dataset
     model = run.model.to(run.device)
-    replicas = nn.DataParallel(Autocast(model, run)) if many_gpus(run.device) else model
+    forward = Autocast(model, run.device, run.dtype)
+    if many_gpus(run.device):
+        forward = nn.DataParallel(forward)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
@@ -186,26 +200,29 @@ def fit(run: Run) -> dict:
         model.train()
         batches = load_batches(run, dataset.train, train=True, epoch=epoch)
         progress = f"epoch {epoch + 1}/{config.epochs}"
-        for step in tqdm(range(steps), progress, leave=False, disable=None):
+        for step in data.progress(range(steps), desc=progress):
             done = epoch * steps + step
             lr = config.lr * (1 - done / (config.epochs * steps))
             optimizer.param_groups[0]["lr"] = lr
             images = min(per_step, len(dataset.train) - step * per_step)
-            loss = train_step(run, replicas, batches, images, optimizer, scaler)
+            loss = train_step(run, forward, batches, images, optimizer, scaler)
             log.step(done + 1, loss, lr, images)
-        val_loss, val_accuracy = evaluate(replicas, load_batches(run, dataset.val), run)
+        val_loss, val_accuracy = evaluate(forward, load_batches(run, dataset.val))
         log.epoch(epoch + 1, val_loss, val_accuracy)
         if val_accuracy > best["val_accuracy"]:
             best = {"val_loss": val_loss, "val_accuracy": val_accuracy, "best_epoch": epoch + 1}
             checkpoint.save_adapter(file, model, run.info)
 
     checkpoint.restore(model, file)
-    if config.test and dataset.test is not None:
-        test_loss, test_accuracy = evaluate(replicas, load_batches(run, dataset.test), run)
+    if config.test:
+        test_loss, test_accuracy = evaluate(forward, load_batches(run, dataset.test))
         best |= {"test_loss": test_loss, "test_accuracy": test_accuracy}
         print(f"Test Accuracy: {test_accuracy:.2%}")
     log.close(best)
-    draw(run, best["val_accuracy"])
+    try:
+        draw(run, best["val_accuracy"])
+    except OSError as error:  # a full disk: the adapter is written, and its accuracy worth printing
+        print(f"train.py: no pictures: {error}", file=sys.stderr)
     print(f"run folder: {run.folder}")
     print(f"Validation Accuracy: {best['val_accuracy']:.2%}")
     counts = {"trainable": run.trainable, "total": run.total}
@@ -214,11 +231,12 @@ def fit(run: Run) -> dict:
 
 
 class Autocast(nn.Module):
-    """The model under the run's autocast, whose dtype does not reach DataParallel's threads."""
+    """The model in mixed precision. A module, so that it reaches the threads of DataParallel, which
+    know nothing of an autocast around them."""
 
-    def __init__(self, model: nn.Module, run: Run):
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.model, self.device_type, self.dtype = model, run.device.type, run.dtype
+        self.model, self.device_type, self.dtype = model, device.type, dtype
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device_type, self.dtype, self.dtype != torch.float32):
@@ -233,9 +251,7 @@ def train_step(run, model, batches, images: int, optimizer, scaler) -> torch.Ten
     mean_loss = torch.zeros((), device=run.device)
     for _ in range(-(-images // run.config.batch_size)):
         pixels, labels = next(batches)
-        with run.autocast():
-            logits = model(pixels)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") / images
+        loss = F.cross_entropy(model(pixels).float(), labels, reduction="sum") / images
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.step(optimizer)
@@ -245,13 +261,12 @@ def train_step(run, model, batches, images: int, optimizer, scaler) -> torch.Ten
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches, run: Run) -> tuple[float, float]:
+def evaluate(model: nn.Module, batches) -> tuple[float, float]:
     """Mean cross-entropy and accuracy (0..1) of the model over all batches, in eval mode."""
     model.eval()
     loss = correct = total = 0
     for images, labels in batches:
-        with run.autocast():
-            logits = model(images)
+        logits = model(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         correct += (logits.argmax(-1) == labels).sum().item()
         total += len(labels)
@@ -263,9 +278,12 @@ def load_batches(run: Run, split: data.Split, train: bool = False, epoch: int = 
     c, preprocessing = run.config, run.info["preprocessing"]
     augment = {"train": train, "min_crop": c.min_crop, "flip": c.flip}
     random = {"seed": c.seed, "epoch": epoch}
-    return data.batches(
+    batches = data.batches(
         split, c.batch_size, preprocessing, run.device, workers=c.workers, **augment, **random
     )
+    if train:
+        return batches  # the bar of an epoch counts steps
+    return data.progress(batches, desc="evaluate", total=-(-len(split) // c.batch_size))
 
 
 class Log:
@@ -284,7 +302,8 @@ class Log:
         share = run.trainable / run.total
         print(
             f"{run.config.adapter}: {run.trainable:,} of {run.total:,} parameters train ({share:.2%}), "
-            f"on {len(run.dataset.train):,} images, {run.device}, {str(run.dtype)[6:]}"
+            f"on {len(run.dataset.train):,} images, {run.device}, {str(run.dtype)[6:]}",
+            flush=True,
         )
 
     def start_epoch(self):
@@ -299,6 +318,11 @@ class Log:
             self.seconds += time.perf_counter() - self.clock
             self.clock = time.perf_counter()
             self.images_per_second = sum(self.images) / self.seconds
+            if not math.isfinite(train_loss):
+                raise ValueError(
+                    f"the loss is {train_loss} at step {done} (learning rate {lr:.3g}); the best epoch so "
+                    f"far is in {self.run.folder}; try a smaller --lr or --alpha, or --amp off"
+                )
             row = {"lr": lr, "train_loss": train_loss, "images_per_second": self.images_per_second}
             self.write(done, **row)
 
@@ -313,7 +337,8 @@ class Log:
         print(
             f"epoch {epoch}/{self.run.config.epochs}: train loss {self.mean(self.steps):.4f}, "
             f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "
-            f"{self.images_per_second:,.0f} images/s"
+            f"{self.images_per_second:,.0f} images/s",
+            flush=True,
         )
         self.start_epoch()
 
@@ -327,6 +352,7 @@ class Log:
 
     def close(self, best: dict):
         settings = {k: v for k, v in asdict(self.run.config).items() if v is not None}
+        settings = {k: str(v) if isinstance(v, list | tuple) else v for k, v in settings.items()}
         self.writer.add_hparams(settings, {f"best/{k}": v for k, v in best.items()}, run_name=".")
         self.writer.close()
 
@@ -366,24 +392,33 @@ def check(config: Config) -> None:
             raise ValueError(f"{flag(f.name)} {value}: expected one of {', '.join(choices)}")
     limits = {
         "rank >= 1": config.rank >= 1,
-        "alpha > 0": config.alpha > 0,
+        "alpha > 0": 0 < config.alpha < math.inf,
+        "factor -1 or >= 1": config.factor == -1 or config.factor >= 1,
+        "image_size >= 1": config.image_size is None or config.image_size >= 1,
         "epochs >= 1": config.epochs >= 1,
         "batch_size >= 1": config.batch_size >= 1,
         "grad_accum >= 1": config.grad_accum >= 1,
-        "lr > 0": config.lr > 0,
-        "weight_decay >= 0": config.weight_decay >= 0,
+        "lr > 0": 0 < config.lr < math.inf,
+        "weight_decay >= 0": 0 <= config.weight_decay < math.inf,
         "min_crop in (0, 1]": 0 < config.min_crop <= 1,
         "head_dropout in [0, 1)": 0 <= config.head_dropout < 1,
         "adapter_dropout in [0, 1)": 0 <= config.adapter_dropout < 1,
         "module_dropout in [0, 1)": 0 <= config.module_dropout < 1,
         "workers >= 0": config.workers is None or config.workers >= 0,
         "limit >= 1": config.limit is None or config.limit >= 1,
-        "seed >= 0": config.seed >= 0,
+        "seed in 0..4294967295": 0 <= config.seed < 2**32,
     }
     for rule, holds in limits.items():
         if not holds:
             name, allowed = rule.split(" ", 1)
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected {allowed}")
+    if config.weights not in vit.NAMES and not Path(config.weights).is_file():
+        raise ValueError(
+            f"--weights {config.weights}: no such file, and no such name; expected "
+            f"{', '.join(vit.NAMES)} or a file"
+        )
+    if config.out and (Path(config.out) / "config.json").exists():
+        raise ValueError(taken(config.out))
 
 
 def check_rank(config: Config, model: nn.Module) -> None:
@@ -402,7 +437,7 @@ def pick_device(name: str) -> torch.device:
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: cannot be used ({reason}); try --device cpu") from None
@@ -425,30 +460,40 @@ def many_gpus(device: torch.device) -> bool:
 
 def named(weights: str) -> str:
     """A name of weights as it is; a file with its whole path, so that it is found from anywhere."""
-    known = weights in (*vit.PRETRAINED, "embedded", "none")
-    return weights if known else str(Path(weights).absolute())
+    return weights if weights in vit.NAMES else str(Path(weights).absolute())
 
 
 def make_folder(config: Config) -> Path:
     """Make the run's folder and write config.json, with the versions that it runs on, into it."""
     name = f"{config.recipe}-{config.adapter}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.out or Path("runs") / name)
-    if (folder / "config.json").exists():
-        raise ValueError(f"--out {folder}: holds a run already; name another folder or remove it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--out {folder}: cannot be made ({error.strerror}); name another"
-        ) from None
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     text = json.dumps({**asdict(config), "versions": versions}, indent=2)
-    (folder / "config.json").write_text(text + "\n")
-    return folder
+    for folder in [Path(config.out)] if config.out else (Path("runs") / name for name in names):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "config.json", "x") as file:  # of two runs at once, one gets it
+                file.write(text + "\n")
+            return folder
+        except FileExistsError:
+            continue  # runs that start in one second have names of their own
+        except OSError as error:
+            reason = error.strerror
+            raise ValueError(f"--out {folder}: cannot be made ({reason}); name another") from None
+    raise ValueError(taken(config.out))
+
+
+def taken(folder: str | Path) -> str:
+    return f"--out {folder}: holds a run already, or is a file; name another folder or remove it"
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def kind_of(option) -> type:
+    """The type of a field of Config: of int | None it is int."""
+    return (get_args(option.type) or (option.type,))[0]
 
 
 class Parser(argparse.ArgumentParser):
@@ -462,7 +507,7 @@ def parse(argv: list[str] | None = None) -> Config:
         description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr."
     )
     for f in fields(Config):
-        kind = (get_args(f.type) or (f.type,))[0]
+        kind = kind_of(f)
         text = f.metadata["help"].replace("%", "%%")
         if f.metadata.get("default") is not None:
             text += f" (default: {f.metadata['default']})"
@@ -472,12 +517,12 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says; 0, or 2 after one line on stderr for what cannot work."""
     try:
-        run = prepare(parse(argv))
+        train(parse(argv))
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    fit(run)
     return 0
 
 

@@ -51,6 +51,7 @@ PRETRAINED = {  # name: (torchvision's weights, preprocessing)
 }
 HERE = Path(globals().get("__file__", "vit.py")).parent  # a notebook's cell has no __file__
 EMBEDDED = HERE / "assets" / "vit_mini.safetensors"
+NAMES = (*PRETRAINED, "embedded", "none")  # of weights; anything else is a file
 
 
 class Attention(nn.Module):
@@ -141,10 +142,10 @@ def join_attention(model: nn.Module) -> nn.Module:
             dtype=W.dtype,
         )
         joined.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
-        joined.in_proj_weight.requires_grad_(W.requires_grad)
+        joined.in_proj_weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
         if b is not None:
             joined.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
-            joined.in_proj_bias.requires_grad_(b.requires_grad)
+            joined.in_proj_bias.requires_grad_(any(layer.bias.requires_grad for layer in layers))
         joined.out_proj.weight, joined.out_proj.bias = split.out.weight, split.out.bias
         model.set_submodule(name, joined.train(split.training))
     return model
@@ -203,13 +204,18 @@ def trunk_state(model: str, weights: str) -> tuple[dict | None, dict]:
                 f"weights {weights!r} are vit_b_16's: {model} takes embedded, none or a file"
             )
         source, preprocessing = PRETRAINED[weights]
+        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
         try:
             return source.get_state_dict(check_hash=True, weights_only=True), preprocessing
         except OSError as error:
-            place = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
             raise OSError(
                 f"weights {weights!r}: {source.url} cannot be downloaded ({error}); fetch it elsewhere "
                 f"and put it at {place}, or name it with --weights FILE"
+            ) from None
+        except Exception as error:  # torch's unpickler meets wrong bytes with errors of any type
+            raise ValueError(
+                f"{place}: not a whole file of tensors ({first_line(error)}); remove it, and it is "
+                "downloaded again"
             ) from None
     path = EMBEDDED if weights == "embedded" else Path(weights)
     state, metadata = read_weights(path)
@@ -225,7 +231,7 @@ def read_weights(path: Path) -> tuple[dict, dict]:
     if not path.is_file():
         raise FileNotFoundError(
             f"weights {str(path)!r}: no such file, and no such name; "
-            f"expected {', '.join([*PRETRAINED, 'embedded', 'none'])} or a .safetensors or .pth file"
+            f"expected {', '.join(NAMES)} or a .safetensors or .pth file"
         )
     try:
         if path.suffix == ".safetensors":
@@ -233,15 +239,23 @@ def read_weights(path: Path) -> tuple[dict, dict]:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's unpickler meets wrong bytes with errors of any type
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{path}: not a file of tensors ({type(error).__name__}: {reason})"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(f"{path}: not a file of tensors ({first_line(error)})") from None
+    if not isinstance(state, dict):
         raise ValueError(
             f"{path}: expected a state dict (names and tensors), found {type(state).__name__}"
         )
+    for key, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(
+                f"{path}: {key}: expected a tensor, found {type(tensor).__name__}; "
+                "save the model's state_dict() alone"
+            )
     return state, {}
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of what it says: torch's run to many."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def load_trunk(vit: VisionTransformer, state: dict, source: str) -> None:

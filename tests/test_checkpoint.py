@@ -24,7 +24,7 @@ SETTINGS = {
 }
 
 
-def adapted(adapter, weights="none", seed=7, **changed):
+def adapted(adapter, weights="embedded", seed=7, **changed):
     """An adapted small ViT with random factors, and its info."""
     settings = {**SETTINGS[adapter], **changed}
     model, preprocessing = vit.build("vit_mini", weights, 3, seed=seed)
@@ -67,7 +67,7 @@ def test_a_fresh_process_gives_the_same_logits(adapter, tmp_path):
     assert torch.equal(logits, model(IMAGES).detach())
     assert classes == ["cat", "dög", "c, d"]
     # the control: without its tensors it would be another model
-    fresh, _ = vit.build("vit_mini", "none", 3, seed=7)
+    fresh, _ = vit.build("vit_mini", "embedded", 3)
     assert not torch.allclose(logits, fresh.eval()(IMAGES), atol=1e-3)
 
 
@@ -95,6 +95,7 @@ def rewrite(path, change):
     save_file(tensors, path, metadata)
 
 
+OTHER = "other.pth"
 KEY = "encoder.layers.encoder_layer_0.self_attention.query.lora_A"
 
 
@@ -111,7 +112,7 @@ KEY = "encoder.layers.encoder_layer_0.self_attention.query.lora_A"
         (lambda t, m: m.update(adapter="dora"), r"'dora': expected one of lora, loha"),
         (lambda t, m: m.update(model="vit_b_16"), "image size 28: vit_b_16 needs a multiple"),
         (lambda t, m: m.update(trunk="0" * 16), "trunk: expected 0000000000000000"),
-        (lambda t, m: m.update(seed="8"), "trained on other weights"),
+        (lambda t, m: m.update(weights=str(OTHER)), "trained on other weights"),
         (lambda t, m: m.pop("classes"), "expected 'classes' in the metadata"),
         (
             lambda t, m: m.update(classes='["cat"]'),
@@ -120,7 +121,12 @@ KEY = "encoder.layers.encoder_layer_0.self_attention.query.lora_A"
         (lambda t, m: m.update(rank="three"), "metadata rank: expected JSON"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_with_key_expected_and_found(change, message, tmp_path):
+def test_a_file_that_does_not_fit_is_refused_with_key_expected_and_found(
+    change, message, tmp_path, monkeypatch
+):
+    other, _ = vit.build("vit_mini", "none", 3)
+    torch.save(other.state_dict(), tmp_path / OTHER)
+    monkeypatch.chdir(tmp_path)
     model, info = adapted("lora")
     path = tmp_path / "adapter.safetensors"
     checkpoint.save_adapter(path, model, info)
@@ -159,10 +165,41 @@ def test_a_trunk_that_moved_can_be_named(tmp_path):
     model, info = adapted("lora", weights=str(tmp_path / "trunk.safetensors"))
     checkpoint.save_adapter(tmp_path / "a.safetensors", model, info)
     (tmp_path / "trunk.safetensors").rename(tmp_path / "moved.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"trunk\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors: .*trunk\.safetensors"):
         checkpoint.load_adapter(tmp_path / "a.safetensors")
     loaded, _ = checkpoint.load_adapter(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
     assert torch.equal(loaded(IMAGES), model(IMAGES))
+
+
+def test_a_trunk_that_another_processor_rounds_differently_is_the_same_trunk(tmp_path, monkeypatch):
+    """Interpolated positions and random trunks differ in their last bits between processors."""
+    path, build = tmp_path / "a.safetensors", vit.build
+
+    def nudged(names):
+        def build_nudged(*arguments, **more):
+            model, preprocessing = build(*arguments, **more)
+            for name, p in model.named_parameters():
+                if name in names:
+                    p.data *= 1 + 2e-7
+            return model, preprocessing
+
+        return build_nudged
+
+    for weights, names, fits in [
+        ("embedded", ["encoder.pos_embedding"], True),
+        ("embedded", ["encoder.ln.weight"], False),
+        ("none", ["encoder.ln.weight"], True),
+    ]:
+        monkeypatch.setattr(vit, "build", build)
+        model, info = adapted("lora", weights=weights)
+        checkpoint.save_adapter(path, model, info)
+        monkeypatch.setattr(vit, "build", nudged(names))
+        if fits:
+            loaded, _ = checkpoint.load_adapter(path)
+            torch.testing.assert_close(loaded(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+        else:
+            with pytest.raises(ValueError, match="trained on other weights"):
+                checkpoint.load_adapter(path)
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):

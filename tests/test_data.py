@@ -1,5 +1,7 @@
 """Data sets in their true layouts, written here, and the batches that come of them."""
 
+import gzip
+import os
 import shutil
 from pathlib import Path
 
@@ -21,10 +23,10 @@ def tiny(tmp_path_factory):
     )
 
 
-def paths(root, part, monkeypatch=None):
-    """The relative paths of a split, which load turns into pixels and so forgets."""
-    splits, _ = data.tiny_imagenet(str(root))
-    return [Path(file).relative_to(root).as_posix() for file in splits[part].files]
+def paths(root, part):
+    """The relative paths of a split."""
+    split = getattr(data.load("tiny-imagenet", str(root)), part)
+    return [Path(file).relative_to(root).as_posix() for file in split.files]
 
 
 def test_demo_is_ten_thousand_digits_in_fixed_stratified_splits():
@@ -67,9 +69,10 @@ def test_tiny_imagenet_split_does_not_depend_on_the_mount(tiny, tmp_path):
 def test_tiny_imagenet_labels_and_pixels_belong_together(tiny):
     loaded = data.load("tiny-imagenet", str(tiny))
     assert loaded.classes[:2] == ["thing 0", "thing 1"]
-    splits, _ = data.tiny_imagenet(str(tiny))
     for part in ("train", "val", "test"):
-        split, files = getattr(loaded, part), splits[part].files
+        split = getattr(loaded, part)
+        files = split.files
+        data.keep_small(split)
         assert split.pixels.shape == (len(files), 64, 64, 3) and split.pixels.dtype == np.uint8
         for row in (0, len(files) // 2, -1):
             with Image.open(files[row]) as image:
@@ -126,6 +129,10 @@ def test_limit_is_stratified_and_classes_keep_the_whole_list(tiny):
     assert set(some.train.labels) == {1, 4} and len(some.classes) == 6
     with pytest.raises(ValueError, match=r"'thing 9'.*did you mean thing"):
         data.load("tiny-imagenet", str(tiny), classes="thing 9")
+    spaced = data.load("tiny-imagenet", str(tiny), classes=" thing 4, thing 1 ")
+    assert np.array_equal(spaced.train.labels, some.train.labels)
+    with pytest.raises(ValueError, match="did you mean --dataset folder"):
+        data.load("demo", str(tiny))
     with pytest.raises(ValueError, match="limit 0"):
         data.load("demo", limit=0)
     with pytest.raises(ValueError, match="tiny-imagenet"):
@@ -157,8 +164,12 @@ def test_a_folder_with_train_and_val_is_taken_as_it_is(tmp_path):
 def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data-dir"):
         data.load("folder", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="no class folders"):
+    with pytest.raises(ValueError, match="each of the classes, found none"):
         data.load("folder", str(tmp_path))
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"found photos alone; is it --data-dir .*photos"):
+        data.load("folder", str(tmp_path))
+    shutil.rmtree(tmp_path / "photos")
     pets(tmp_path, ("train", "val"))
     (tmp_path / "train" / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no images"):
@@ -173,8 +184,80 @@ def test_a_file_that_is_no_image_is_named(tmp_path):
     pets(tmp_path)
     (tmp_path / "cat" / "3 ü.jpg").write_bytes(b"no image")
     split = data.load("folder", str(tmp_path)).train
-    with pytest.raises(ValueError, match=r"3 ü\.jpg: not an image"):
-        list(data.batches(split, 4, PLAIN, workers=0))
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"3 ü\.jpg: cannot be read \(not an image\)") as error:
+            list(data.batches(split, 4, PLAIN, workers=workers))
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_no_class_is_not_taken_for_one(tmp_path):
+    pets(tmp_path)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        write_image(tmp_path / name / "0.jpg", 0, 0)
+    (tmp_path / "cat" / "._1 ü.jpg").write_bytes(b"what macOS leaves")
+    dataset = data.load("folder", str(tmp_path))
+    assert dataset.classes == ["cat", "dög 2"]
+    assert len(dataset.train) + len(dataset.val) == 20
+
+
+def test_train_alone_is_split_and_valid_is_val(tmp_path):
+    pets(tmp_path / "a", ("train",))
+    dataset = data.load("folder", str(tmp_path / "a"))
+    assert dataset.classes == ["cat", "dög 2"] and len(dataset.val) == 4
+    pets(tmp_path / "b", ("train", "valid"))
+    assert len(data.load("folder", str(tmp_path / "b")).val) == 20
+    pets(tmp_path / "c", classes=("train", "bus"))  # vehicles
+    assert data.load("folder", str(tmp_path / "c")).classes == ["bus", "train"]
+
+
+def test_a_class_of_one_image_is_trained_on(tmp_path):
+    pets(tmp_path)
+    write_image(tmp_path / "newt" / "1.jpg", 2, 0, (120, 90))
+    dataset = data.load("folder", str(tmp_path))
+    assert np.bincount(dataset.train.labels).tolist() == [8, 8, 1]
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_fashion_mnist_is_read_from_its_idx_files(gzipped, tmp_path):
+    rng = np.random.default_rng(0)
+    written = {}
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        written[prefix] = images, np.arange(count, dtype=np.uint8) % 10
+        for name, values in zip(("images-idx3", "labels-idx1"), written[prefix], strict=True):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+            path = tmp_path / "FashionMNIST" / "raw" / f"{prefix}-{name}-ubyte"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if gzipped:
+                path.with_name(f"{path.name}.gz").write_bytes(
+                    gzip.compress(head + values.tobytes())
+                )
+            else:
+                path.write_bytes(head + values.tobytes())
+    dataset = data.load("fashion-mnist", str(tmp_path))
+    for split, prefix in ((dataset.train, "train"), (dataset.val, "t10k")):
+        assert np.array_equal(split.pixels, written[prefix][0])
+        assert np.array_equal(split.labels, written[prefix][1])
+    if gzipped:
+        path.with_name(f"{path.name}.gz").write_bytes(b"half")
+    else:
+        path.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1.*not a whole idx file"):
+        data.load("fashion-mnist", str(tmp_path))
+
+
+def test_folders_that_may_not_be_read_are_passed_over(tiny, tmp_path, monkeypatch):
+    (tmp_path / "tiny-imagenet-200").symlink_to(tiny)
+    (tmp_path / "private").mkdir()
+    scandir = os.scandir
+
+    def refusing(folder):
+        if Path(folder).name == "private":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert len(data.load("tiny-imagenet", str(tmp_path)).classes) == 6
 
 
 @pytest.mark.parametrize("size", [12, 30, 100])

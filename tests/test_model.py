@@ -142,6 +142,9 @@ def test_targets_that_match_nothing_are_refused_with_the_names_there_are():
         replace_linear(model, FORMS["lora"], ["nothing"])
     with pytest.raises(ValueError, match="none"):
         replace_linear(nn.Sequential(nn.ReLU()), FORMS["lora"])
+    with pytest.raises(ValueError, match="'vlaue' matches no"):
+        replace_linear(model, FORMS["lora"], "query, vlaue")  # one that matches excuses no other
+    assert not any(hasattr(m, "delta_weight") for m in model.modules())
 
 
 def test_wrapping_twice_is_refused_and_changes_nothing():
@@ -177,7 +180,17 @@ def test_a_layer_at_two_places_gets_one_adapter_at_both():
     assert replace_linear(model, FORMS["lora"]) == ["first", "second"]
     assert model["first"] is model["second"]
     merge(model)
-    assert [type(m) for m in model.values()] == [nn.Linear, nn.Linear]
+    assert type(model["first"]) is nn.Linear
+    assert model["first"] is model["second"], "what was one layer stays one layer"
+
+
+def test_merged_layers_are_as_frozen_as_the_layers_they_come_from():
+    model = nested()
+    replace_linear(model, FORMS["lora"], ["query", "subquery"])
+    mark_trainable(model, head="")
+    model["subquery"].linear.bias.requires_grad_(True)
+    merge(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["subquery.bias"]
 
 
 def test_mark_trainable_biases_and_head():
@@ -208,6 +221,13 @@ def test_shared_functions_are_the_same_text(name):
     assert len(texts) == 1
     calls = {node.id for node in ast.walk(ast.parse(texts.pop())) if isinstance(node, ast.Name)}
     assert not calls & {"LoRALinear", "LoHaLinear", "LoKrLinear"}, "helpers know delta_weight alone"
+
+
+@pytest.mark.parametrize("name", ["forward", "merge", "weight", "bias", "extra_repr"])
+def test_shared_methods_are_the_same_text(name):
+    members = [vars(kind.func)[name] for kind in KINDS.values()]
+    functions = [m.fget if isinstance(m, property) else m for m in members]
+    assert len({inspect.getsource(inspect.unwrap(f)) for f in functions}) == 1
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -4,8 +4,12 @@ import csv
 import json
 import math
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,23 +17,19 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
-from trees import tiny_imagenet
+from trees import tiny_imagenet, write_image
 
 import checkpoint
 import data
 import train
 import vit
 
-ON_CPU = train.Run(*[None] * 6, torch.device("cpu"), torch.float32, None)
 QUICK = {"limit": 48, "epochs": 2, "batch_size": 16, "workers": 0}
 
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
     """The README's command in an empty folder, with nothing given."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("default")
     command = [sys.executable, str(ROOT / "train.py")]
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
@@ -95,7 +95,7 @@ def test_default_run_s_adapter_has_the_accuracy_that_was_printed(default_run):
     process, run_dir = default_run
     model, info = checkpoint.load_adapter(run_dir / "adapter.safetensors")
     val = data.load("demo").val
-    _, accuracy = train.evaluate(model, data.batches(val, 100, info["preprocessing"]), ON_CPU)
+    _, accuracy = train.evaluate(model, data.batches(val, 100, info["preprocessing"]))
     assert process.stdout.strip().endswith(f"Validation Accuracy: {accuracy:.2%}")
 
 
@@ -208,24 +208,29 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
     assert (result["val_accuracy"], result["best_epoch"]) == (0.8, 2)
     kept, _ = checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
     head = kept.heads.head.weight
-    assert torch.equal(head, states[1]["heads.head.weight"])
-    assert not torch.equal(head, states[2]["heads.head.weight"])
+    assert torch.equal(head, states[1]["model.heads.head.weight"])
+    assert not torch.equal(head, states[2]["model.heads.head.weight"])
 
 
 def test_evaluation_counts_every_image_once():
     model = torch.nn.Linear(4, 3)
     images, labels = torch.randn(25, 4), torch.randint(3, (25,))
     batches = DataLoader(TensorDataset(images, labels), 10)
-    loss, accuracy = train.evaluate(model, batches, ON_CPU)
+    loss, accuracy = train.evaluate(model, batches)
     logits = model(images)
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert accuracy == pytest.approx((logits.argmax(1) == labels).double().mean().item())
 
 
 def test_same_seed_same_result_bit_for_bit(tmp_path):
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(12):  # files, so that workers have something to do
+            write_image(tmp_path / "pets" / name / f"{i}.jpg", label, i, (120, 90))
+    pets = {"dataset": "folder", "data_dir": tmp_path / "pets"}
+
     def tensors(name, **changed):
-        config = train.Config(out=str(tmp_path / name), adapter_dropout=0.1, **{**QUICK, **changed})
-        train.train(config)
+        settings = {**QUICK, **pets, "adapter_dropout": 0.1, **changed}
+        train.train(train.Config(out=tmp_path / name, **settings))
         return checkpoint.read_adapter(tmp_path / name / "adapter.safetensors")[0]
 
     a, b, c = tensors("a"), tensors("b", workers=2), tensors("c", seed=1)
@@ -233,19 +238,116 @@ def test_same_seed_same_result_bit_for_bit(tmp_path):
     assert not any(torch.equal(a[key], c[key]) for key in a)
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_trains_float32_tensors(amp, tmp_path):
-    config = train.Config(amp=amp, out=str(tmp_path / "run"), **QUICK)
-    result = train.train(config)
+@pytest.mark.parametrize(
+    ("amp", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32)]
+)
+def test_mixed_precision_computes_in_it_and_trains_float32_tensors(
+    amp, dtype, tmp_path, monkeypatch
+):
+    scaled = []
+
+    class Scaler(torch.amp.GradScaler):
+        def __init__(self, device, enabled):
+            scaled.append(enabled)
+            super().__init__(device, init_scale=256.0, enabled=enabled)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
+    run = train.prepare(train.Config(amp=amp, out=str(tmp_path / "run"), **QUICK))
+    logits = {True: set(), False: set()}
+    run.model.register_forward_hook(lambda model, _, out: logits[model.training].add(out.dtype))
+    result = train.fit(run)
+    assert logits[True] == {dtype} and dtype in logits[False]
+    assert scaled == [amp == "fp16"]
     tensors, _ = checkpoint.read_adapter(tmp_path / "run" / "adapter.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert math.isfinite(result["val_loss"])
     assert any(t.any() for name, t in tensors.items() if name.endswith("lora_B")), "it has stepped"
 
 
-def test_test_split_is_evaluated_on_request(tmp_path):
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_is_bf16_where_the_gpu_has_it_and_fp16_where_it_emulates_it(
+    native, dtype, monkeypatch
+):
+    def supported(including_emulation=True):
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert train.pick_dtype("auto", torch.device("cuda")) == dtype
+    assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_all_gpus_are_used_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert train.many_gpus(torch.device("cuda"))
+    assert not train.many_gpus(torch.device("cuda:1")) and not train.many_gpus(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert not train.many_gpus(torch.device("cuda"))
+
+
+def test_test_split_is_evaluated_on_request_with_the_best_epoch(tmp_path):
     result = train.train(train.Config(test=True, out=str(tmp_path / "run"), **QUICK))
-    assert 0 <= result["test_accuracy"] <= 1
+    model, info = checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
+    test = data.load("demo", limit=QUICK["limit"]).test
+    loss, accuracy = train.evaluate(model, data.batches(test, 16, info["preprocessing"]))
+    assert result["test_accuracy"] == accuracy
+    assert result["test_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_config_takes_what_python_has_for_paths_names_and_numbers(tmp_path):
+    config = train.Config(
+        out=tmp_path / "run",
+        targets=["query", "mlp.0"],
+        classes=["two", "one"],
+        rank=np.int64(2),
+        lr=np.float32(0.01),
+        **QUICK,
+    )
+    result = train.train(config)
+    _, info = checkpoint.load_adapter(Path(result["run_dir"]) / "adapter.safetensors")
+    assert (info["targets"], info["rank"]) == (["query", "mlp.0"], 2)
+    for wrong, message in [({"rank": 2.5}, "--rank 2.5: expected int"), ({"lr": "x"}, "--lr 'x'")]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train.Config(**wrong)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_epoch(
+    tmp_path, monkeypatch, capsys
+):
+    step = train.train_step
+
+    def breaks(*arguments):
+        breaks.steps += 1
+        return step(*arguments) * (math.nan if breaks.steps == 5 else 1)
+
+    breaks.steps = 0
+    monkeypatch.setattr(train, "train_step", breaks)
+    flags = "--limit 48 --batch-size 16 --epochs 3 --out".split()
+    assert train.main([*flags, str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "the loss is nan at step 5" in error and "--lr" in error and "\n" not in error
+    checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_breaks_off_is_one_line(workers, tmp_path, capsys):
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(10):
+            write_image(tmp_path / "pets" / name / f"{i}.jpg", label, i, (120, 90))
+    path = tmp_path / "pets" / "dog" / "4.jpg"
+    path.write_bytes(path.read_bytes()[:700])
+    flags = "--dataset folder --batch-size 4 --epochs 1 --workers".split()
+    folders = ["--data-dir", str(tmp_path / "pets"), "--out", str(tmp_path / "run")]
+    assert train.main([*flags, workers, *folders]) == 2
+    error = capsys.readouterr().err.strip()
+    assert str(path) in error and "\n" not in error
+
+
+def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.time, "strftime", lambda form: "20260101-120000")
+    folders = [train.make_folder(train.Config()).name for _ in range(3)]
+    name = "demo-lora-0-20260101-120000"
+    assert folders == [name, f"{name}-2", f"{name}-3"]
 
 
 def test_recipe_then_flags():
@@ -270,7 +372,7 @@ def test_recipe_then_flags():
         ("--rank 0", "--rank 0: expected >= 1"),
         ("--rank 129", "expected at most 128"),
         ("--alpha 0", "--alpha 0.0: expected > 0"),
-        ("--targets nothing", "match no nn.Linear; there are: encoder.layers"),
+        ("--targets nothing", "matches no nn.Linear; there are: encoder.layers"),
         ("--weights nowhere.pth", "no such file, and no such name"),
         ("--model vit_b_16 --weights embedded", "expected shape (1, 1, 768), found (1, 1, 128)"),
         ("--image-size 30", "multiple of its patch size, 7"),
@@ -282,6 +384,14 @@ def test_recipe_then_flags():
         ("--limit 0", "--limit 0: expected >= 1"),
         ("--device cuda:99", "--device cuda:99: cannot be used"),
         ("--out /dev/null/run", "--out /dev/null/run: cannot be made (Not a directory)"),
+        ("--image-size 0", "--image-size 0: expected >= 1"),
+        ("--factor 0", "--factor 0: expected -1 or >= 1"),
+        ("--lr inf", "--lr inf: expected > 0"),
+        ("--alpha inf", "--alpha inf: expected > 0"),
+        ("--seed 99999999999", "--seed 99999999999: expected in 0..4294967295"),
+        ("--device meta", "--device meta: cannot be used"),
+        ("--data-dir .", "did you mean --dataset folder?"),
+        ("--targets query,vlaue", "target 'vlaue' matches no nn.Linear"),
         ("--rank four", "argument --rank: invalid int value: 'four'; see --help"),
         ("--ranks 4", "unrecognized arguments: --ranks 4; see --help"),
     ],
@@ -310,10 +420,9 @@ def test_status_2_and_no_traceback_as_a_process(run_script):
 
 
 def test_autocast_reaches_the_threads_of_data_parallel():
-    run = train.Run(*[None] * 6, torch.device("cpu"), torch.bfloat16, None)
-    wrapped, dtypes = train.Autocast(torch.nn.Linear(4, 3), run), []
-    with run.autocast():
-        thread = threading.Thread(target=lambda: dtypes.append(wrapped(torch.ones(1, 4)).dtype))
-        thread.start()
-        thread.join()
+    forward = train.Autocast(torch.nn.Linear(4, 3), torch.device("cpu"), torch.bfloat16)
+    dtypes = []
+    thread = threading.Thread(target=lambda: dtypes.append(forward(torch.ones(1, 4)).dtype))
+    thread.start()
+    thread.join()
     assert dtypes == [torch.bfloat16]

@@ -45,7 +45,10 @@ def test_split_keeps_mode_and_frozen_parameters(stock):
     split = vit.split_attention(stock)
     assert not any(p.requires_grad for p in split.parameters())
     assert not any(m.training for m in split.modules())
-    assert not any(p.requires_grad for p in vit.join_attention(split).parameters())
+    split.encoder.layers[0].self_attention.value.weight.requires_grad_(True)
+    joined = vit.join_attention(split)
+    trains = [name for name, p in joined.named_parameters() if p.requires_grad]
+    assert trains == ["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"]
 
 
 def test_attention_dropout_is_on_in_training_alone(images):
@@ -157,6 +160,9 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="found list"):
         vit.build("vit_mini", str(tmp_path / "list.pth"))
+    torch.save({"model": {"weight": torch.ones(1)}}, tmp_path / "nested.pth")
+    with pytest.raises(ValueError, match=r"nested\.pth: model: expected a tensor, found dict"):
+        vit.build("vit_mini", str(tmp_path / "nested.pth"))
     with pytest.raises(FileNotFoundError, match="imagenet1k, swag, embedded, none"):
         vit.build("vit_mini", "imagenet2k")
 
@@ -204,3 +210,14 @@ def test_torchvision_s_weights_come_from_its_cache(name, tmp_path, monkeypatch):
     assert found["mean"] == official.mean and found["std"] == official.std
     assert found["image_size"] == official.crop_size[0]
     assert found["crop"] == official.crop_size[0] / official.resize_size[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"half a download", b"PK\x03\x04" + b"x" * 99])
+def test_a_broken_file_in_torchvision_s_cache_is_named_in_one_line(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    place = tmp_path / "hub" / "checkpoints" / "vit_b_16-c867db91.pth"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    with pytest.raises(ValueError, match=r"vit_b_16-c867db91\.pth: not a whole file") as error:
+        vit.build("vit_b_16", "imagenet1k", 10)
+    assert "\n" not in str(error.value) and "remove it" in str(error.value)
