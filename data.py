@@ -1,117 +1,45 @@
-"""Data sets in, batches of images on the device out.
+"""Batches of images on the device, out of a data set that sources.py found.
 
-load(name, ...) finds a data set and returns its classes and its splits; batches(split, ...) yields
-(images, labels) on the device: float32 (batch, 3, size, size), normalised, and int64 (batch,).
+    dataset = load("tiny-imagenet")
+    keep(dataset.train, "runs/cache")
+    for images, labels in batches(dataset.train, 64, preprocessing, "cuda", train=True):
+        ...                            # float32 (64, 3, size, size), normalised, and int64 (64,)
 
-There are two paths. Small images of one size are decoded once, kept as uint8 and, batch by batch,
-cropped, flipped and resized on the device. Other images are files: worker processes decode each at
-the smallest scale that its crop needs, crop and flip it, and the device normalises. In both, every
-image of a batch has a crop and a flip of its own, drawn in the main process: the same seed gives the
-same batches for any number of workers.
+There are two paths. Small images (all of one size, at most 96 pixels) are decoded once by keep and lie as
+uint8 in one file; a GPU is given those of a batch as they are, and crops, flips, resizes and normalises
+them. Other images are read one by one, in worker processes: decoded at the smallest scale that the crop
+needs, or, kept with cache=True, cut out of one file; the device normalises. Small images for a CPU go that
+way too, as there is no device to spare. In both, each image has a crop and a flip of its own, drawn in the
+main process: the same seed gives the same batches for any number of workers.
 
-A new data set is a function that returns (splits, classes), and its line in SOURCES.
+A file that cannot be decoded is replaced by the next one of its split that can, with a warning.
 """
 
-import gzip
 import hashlib
+import json
 import math
 import os
+import shutil
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-ASSETS = Path(__file__).parent / "assets"
-SMALL = 96  # pixels: up to this size a data set is decoded once and kept
+from checkpoint import atomic
+from sources import SOURCES, Dataset, Split, even_rows, load
 
+__all__ = ["SOURCES", "Dataset", "Split", "batches", "even_rows", "keep", "load", "progress"]
 
-@dataclass
-class Split:
-    """The images of one split, as pixels or as files, and their labels."""
-
-    labels: np.ndarray  # (N,) int64
-    files: list[str] | None = None
-    pixels: np.ndarray | None = None  # (N, H, W) or (N, H, W, 3) uint8
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def rows(self, rows: np.ndarray) -> "Split":
-        """The split of these rows alone."""
-        return Split(
-            self.labels[rows],
-            None if self.files is None else [self.files[row] for row in rows],
-            None if self.pixels is None else self.pixels[rows],
-        )
-
-
-@dataclass
-class Dataset:
-    """The splits of a data set; label i is classes[i]."""
-
-    classes: list[str]
-    train: Split
-    val: Split
-    test: Split | None = None
-
-
-def load(
-    name: str,
-    data_dir: str | None = None,
-    limit: int | None = None,
-    classes: str | list[str] | None = None,
-) -> Dataset:
-    """Find a data set: its classes, and the files or pixels of its splits. Nothing is decoded yet.
-
-    name: one of SOURCES.
-    data_dir: where it lies (or a folder above it); None searches ./data and /kaggle/input.
-    limit: at most this many images of each split, of every class as many or one fewer.
-    classes: keep the images of these classes only; the list of classes stays whole.
-
-    Raises FileNotFoundError if it is not there, ValueError for what is wrong with it or the arguments.
-    """
-    if name not in SOURCES:
-        raise ValueError(f"dataset {name!r}: expected one of {', '.join(SOURCES)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit {limit}: expected at least 1 image of each split")
-    splits, names = SOURCES[name](data_dir)
-    wanted = classes.split(",") if isinstance(classes, str) else classes or []
-    wanted = [name.strip() for name in wanted]
-    for unknown in sorted(set(wanted) - set(names)):
-        near = get_close_matches(unknown, names, n=3) or names[:3]
-        raise ValueError(f"classes: {name} has no {unknown!r}; did you mean {', '.join(near)}?")
-    for key, split in splits.items():
-        if wanted:
-            split = split.rows(
-                np.flatnonzero(np.isin(split.labels, [names.index(c) for c in wanted]))
-            )
-        if limit:
-            split = split.rows(even_rows(split.labels, limit))
-        if not len(split):
-            raise ValueError(f"{name}: no image is left in its {key} split; check --classes")
-        splits[key] = split
-    return Dataset(names, **splits)
-
-
-def keep_small(split: Split, workers: int | None = None) -> None:
-    """Decode a split once and for all, if its images are of one size and small.
-
-    workers: processes that decode; None for one per usable core.
-    Raises ValueError for a file that is no image.
-    """
-    if split.pixels is None and is_small(split.files):
-        split.pixels = decode_all(split.files, usable(workers))
+SMALL = 96  # pixels: up to this side a data set is decoded once and kept
+ORIENTATION = 0x0112  # the EXIF tag
 
 
 def batches(
@@ -132,123 +60,173 @@ def batches(
     train: shuffle and augment, as seed and epoch say. Otherwise: in order, the centre of each image.
     min_crop: the smallest random crop, as a fraction of the image's area; 1 for the centre, as in evaluation.
     flip: mirror left to right, each image with probability one half.
+    workers: processes that read images; None for one per usable core, or none at all where small images
+        are kept. 0 reads them in this process.
+
+    Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
-    size = preprocessing["image_size"]
+    device = torch.device(device)
     order, draws = torch.arange(len(split)), None
     if train:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(split), generator=generator)
         draws = torch.rand(len(split), 5, generator=generator)
-    crops = Crops(split, draws, size, preprocessing["crop"], min_crop, flip)
     chunks = order.split(batch_size)
-    pinned = torch.device(device).type == "cuda"
-    if split.pixels is None:
+    crops = Crops(split, preprocessing, min_crop, flip)
+    asked = (
+        [(stand_in(split, row), None if draws is None else draws[row].tolist()) for row in chunk]
+        for chunk in map(torch.Tensor.tolist, chunks)
+    )
+    small = isinstance(split.pixels, np.ndarray)
+    if small and device.type != "cpu":
+        loader = (crops.on_device(wanted, device) for wanted in asked)
+    else:
         loader = DataLoader(
             crops,
-            batch_sampler=[chunk.tolist() for chunk in chunks],
-            num_workers=usable(workers),
-            collate_fn=stack,
-            pin_memory=pinned,
+            batch_sampler=asked,
+            num_workers=0 if small and workers is None else usable(workers),
+            collate_fn=crops.collate,
+            pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # it draws a number for each worker: not from the run's own
         )
-    else:
-        loader = (crops.pixels(chunk, device, pinned) for chunk in chunks)
-    mean, std = (
-        255 * torch.tensor(preprocessing[key], device=device).view(3, 1, 1)
-        for key in ("mean", "std")
-    )
+        loader = (crops.mend(*batch) for batch in loader)
+        loader = (crops.normalise(images.to(device, non_blocking=True)) for images in loader)
     for chunk, images in zip(chunks, loader, strict=True):
-        labels = torch.from_numpy(split.labels[chunk.numpy()])
-        images = unless_error(images).to(device, non_blocking=True)
-        yield (images - mean) / std, labels.to(device, non_blocking=True)
+        rows = [stand_in(split, row) for row in chunk.tolist()]
+        labels = torch.from_numpy(split.labels[rows])
+        yield images, labels.to(device, non_blocking=True)
 
 
 class Crops(TorchDataset):
-    """One crop of each image of a split: random ones where there are draws, else the centre.
+    """A crop of an image for each (row, draws): five numbers in 0..1 for its area, ratio, horizontal
+    and vertical place and flip, or None for the centre. Runs in worker processes."""
 
-    draws: (N, 5) numbers in 0..1 for each row's area, ratio, horizontal and vertical place, and flip.
-    """
+    def __init__(self, split: Split, preprocessing: dict, min_crop: float, flip: bool):
+        self.split, self.min_crop, self.flip = split, min_crop, flip
+        self.size, self.centre = preprocessing["image_size"], preprocessing["crop"]
+        mean, std = (255 * torch.tensor(preprocessing[key]) for key in ("mean", "std"))
+        self.scale, self.shift = 1 / std, -mean / std
 
-    def __init__(self, split, draws, size, centre, min_crop, flip):
-        self.split, self.draws, self.size = split, draws, size
-        self.centre, self.min_crop, self.flip = centre, min_crop, flip
-
-    def boxes(self, rows: torch.Tensor, height: int, width: int):
-        """Left, top, width, height (each (rows,), in pixels) and whether to flip."""
-        if self.draws is None:
-            return centre_boxes(len(rows), height, width, self.centre), torch.zeros(len(rows)) > 0
-        draws = self.draws[rows]
+    def box(self, draws: list[float] | None, height: int, width: int) -> tuple[tuple, bool]:
+        """(left, top, width, height) in pixels, and whether to flip."""
+        if draws is None:
+            return centre_box(height, width, self.centre), False
+        flip = self.flip and draws[4] < 0.5
         if self.min_crop < 1:
-            boxes = random_boxes(draws, height, width, self.min_crop)
-        else:
-            boxes = centre_boxes(len(rows), height, width, self.centre)
-        return boxes, (draws[:, 4] < 0.5) & self.flip
+            return random_box(draws, height, width, self.min_crop), flip
+        return centre_box(height, width, self.centre), flip
 
-    def __getitem__(self, row: int) -> torch.Tensor | ValueError:
-        """From a file: uint8 (3, size, size), or what is wrong with it. Runs in a worker process."""
+    def __getitem__(self, wanted: tuple) -> torch.Tensor | tuple:
+        """uint8 (size, size, 3); or (row, draws, what is wrong with the file)."""
+        row, draws = wanted
+        if self.split.pixels is not None:
+            pixels = self.split.pixels[row]
+            box, flip = self.box(draws, *pixels.shape[:2])
+            return resize_crop(pixels, box, flip, self.size)
         try:
-            return self.crop(row)
+            with opened(self.split.files[row]) as image:
+                turned = image.getexif().get(ORIENTATION, 1) >= 5  # on its side: width is height
+                width, height = image.size[::-1] if turned else image.size
+                box, flip = self.box(draws, height, width)
+                # A JPEG decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop has size.
+                need = (
+                    math.ceil(self.size * width / box[2]),
+                    math.ceil(self.size * height / box[3]),
+                )
+                image.draft("RGB", need[::-1] if turned else need)
+                image = upright_rgb(image)
         except ValueError as error:
-            return error
+            return row, draws, str(error)
+        if image.width != width:
+            share = image.width / width
+            box = fit_box([side * share for side in box], *image.size)
+        left, top, wide, high = box
+        pixels = np.array(image.crop((left, top, left + wide, top + high)))
+        return resize_crop(pixels, (0, 0, wide, high), flip, self.size)
 
-    def crop(self, row: int) -> torch.Tensor:
-        with opened(self.split.files[row]) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5  # on its side: width is height
-            width, height = image.size[::-1] if turned else image.size
-            boxes, flips = self.boxes(torch.tensor([row]), height, width)
-            left, top, wide, high = (float(side) for side in boxes)
-            # A JPEG decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop still has size.
-            need = math.ceil(self.size * width / wide), math.ceil(self.size * height / high)
-            image.draft("RGB", need[::-1] if turned else need)
-            image = to_rgb(image)
-        across, down = image.width / width, image.height / height
-        right = min((left + wide) * across, image.width)  # rounding could put it a hair outside
-        bottom = min((top + high) * down, image.height)
-        box = (left * across, top * down, right, bottom)
-        image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
-        if flips[0]:
-            image = ImageOps.mirror(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    def collate(self, items: list) -> tuple[torch.Tensor, dict]:
+        """The batch, uint8 (B, size, size, 3), and by their places in it those that cannot be read."""
+        errors = {i: item for i, item in enumerate(items) if isinstance(item, tuple)}
+        blank = torch.zeros(self.size, self.size, 3, dtype=torch.uint8)
+        return torch.stack([blank if i in errors else x for i, x in enumerate(items)]), errors
 
-    def pixels(self, rows: torch.Tensor, device, pinned: bool) -> torch.Tensor:
-        """From kept pixels: float32 (rows, 3, size, size) in 0..255, resized on the device."""
-        images = torch.from_numpy(self.split.pixels[rows.numpy()])  # (B, H, W) or (B, H, W, 3)
-        boxes, flips = self.boxes(rows, *images.shape[1:3])
-        if pinned:
+    def mend(self, images: torch.Tensor, errors: dict) -> torch.Tensor:
+        """Put a crop of the next image that can be read in the place of each that cannot."""
+        for i, (row, draws, reason) in errors.items():
+            item = row, draws, reason
+            while isinstance(item, tuple):
+                mark_bad(self.split, item[0], item[2])
+                item = self[stand_in(self.split, row), draws]
+            images[i] = item
+        return images
+
+    def on_device(self, wanted: list, device: torch.device) -> torch.Tensor:
+        """The same crops as __getitem__'s, of small images, resized and normalised on the device."""
+        rows, draws = zip(*wanted, strict=True)
+        images = torch.from_numpy(self.split.pixels[list(rows)])  # (B, H, W, 3)
+        boxes, flips = zip(*(self.box(d, *images.shape[1:3]) for d in draws), strict=True)
+        boxes, flips = torch.tensor(boxes).T, torch.tensor(flips)
+        if device.type == "cuda":
             images = images.pin_memory()
-        images = images.to(device, non_blocking=True).to(boxes.dtype)
-        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        images = resize(images, boxes.to(device), flips.to(device), self.size)
-        return images.expand(-1, 3, -1, -1)  # grey: the same three times
+        images = self.normalise(images.to(device, non_blocking=True))
+        return resize(images, boxes.to(device), flips.to(device), self.size)
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), of mean 0 and deviation 1, channels last in memory."""
+        rows = images.flatten(2).float()  # (B, H, 3 W): long rows, which the processor likes
+        scale, shift = (
+            values.to(images.device, rows.dtype).repeat(images.shape[2])
+            for values in (self.scale, self.shift)
+        )
+        return rows.mul_(scale).add_(shift).view(images.shape).permute(0, 3, 1, 2)
 
 
-def random_boxes(draws: torch.Tensor, height: int, width: int, min_crop: float) -> torch.Tensor:
-    """Random-resized-crop boxes, (4, B): left, top, width, height in pixels, not rounded.
+def random_box(draws: list[float], height: int, width: int, min_crop: float) -> tuple:
+    """A random-resized-crop box: left, top, width, height in pixels.
 
     The area is uniform in min_crop..1 of the image and width / height log-uniform in 3/4..4/3, as in
     torchvision's RandomResizedCrop; a box that would stick out shrinks, where torchvision draws anew.
     """
-    area = height * width * (min_crop + (1 - min_crop) * draws[:, 0])
-    ratio = torch.exp((2 * draws[:, 1] - 1) * math.log(4 / 3))
-    wide = torch.minimum((area * ratio).sqrt(), (ratio * height).clamp(max=width))
-    high = (wide / ratio).clamp(max=height)  # rounding could leave it a hair too high
-    return torch.stack([draws[:, 2] * (width - wide), draws[:, 3] * (height - high), wide, high])
+    area = height * width * (min_crop + (1 - min_crop) * draws[0])
+    ratio = math.exp((2 * draws[1] - 1) * math.log(4 / 3))
+    wide = min(math.sqrt(area * ratio), ratio * height, width)
+    high = wide / ratio
+    return fit_box(
+        [draws[2] * (width - wide), draws[3] * (height - high), wide, high], width, height
+    )
 
 
-def centre_boxes(n: int, height: int, width: int, share: float) -> torch.Tensor:
-    """The centred square whose side is this share of the shorter side, (4, n): see random_boxes."""
+def centre_box(height: int, width: int, share: float) -> tuple:
+    """The centred square whose side is this share of the shorter side: see random_box."""
     side = share * min(height, width)
-    box = torch.tensor([(width - side) / 2, (height - side) / 2, side, side])
-    return box[:, None].expand(4, n)
+    return fit_box([(width - side) / 2, (height - side) / 2, side, side], width, height)
+
+
+def fit_box(box: list[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """The box in whole pixels, at least one wide and high, inside the image."""
+    wide, high = (
+        min(max(round(side), 1), most) for side, most in zip(box[2:], (width, height), strict=True)
+    )
+    return min(round(box[0]), width - wide), min(round(box[1]), height - high), wide, high
+
+
+def resize_crop(pixels: np.ndarray, box: tuple, flip: bool, size: int) -> torch.Tensor:
+    """A crop of one image, uint8 (H, W, 3) -> (size, size, 3), with PIL's bilinear filter."""
+    left, top, wide, high = box
+    crop = torch.from_numpy(pixels[top : top + high, left : left + wide])
+    crop = crop.flip(1) if flip else crop
+    crop = crop.permute(2, 0, 1)[None]
+    return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0)
 
 
 def resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int):
-    """Resize a box of its own in each image, (B, C, H, W) -> (B, C, size, size).
+    """Resize a box of its own in each image of a batch, (B, C, H, W) -> (B, C, size, size).
 
     A resize is linear: rows and columns are each multiplied by a matrix of weights, and to flip is to
     reverse one of them. The weights are those of PIL's bilinear filter, which averages as it shrinks.
+    boxes: (4, B), left, top, width, height in pixels.
     """
-    left, top, wide, high = boxes
+    left, top, wide, high = boxes.to(images.dtype)
     down = resize_matrix(top, high, images.shape[-2], size)  # (B, size, H)
     across = resize_matrix(left, wide, images.shape[-1], size)  # (B, size, W)
     across = torch.where(flips[:, None, None], across.flip(1), across)
@@ -256,15 +234,16 @@ def resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size:
 
 
 def resize_matrix(start: torch.Tensor, length: torch.Tensor, pixels: int, size: int):
-    """Weights (B, size, pixels) with which each of size outputs averages the input pixels."""
-    step = length / size  # (B,) input pixels to an output
-    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step[:, None]
-    distance = torch.arange(pixels, device=start.device) + 0.5 - centre[..., None]
-    weights = (1 - distance.abs() / step.clamp(min=1)[:, None, None]).clamp(min=0)
+    """Weights (B, size, pixels) with which each of size outputs averages the pixels of its box."""
+    step = (length / size)[:, None]  # (B, 1) input pixels to an output
+    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step
+    place = torch.arange(pixels, device=start.device) + 0.5
+    weights = 1 - (place - centre[..., None]).abs() / step.clamp(min=1)[..., None]
+    inside = (place > start[:, None]) & (
+        place < (start + length)[:, None]
+    )  # a crop ends at its edge
+    weights = weights.clamp(min=0) * inside[:, None]
     return weights / weights.sum(-1, keepdim=True)
-
-
-ORIENTATION = 0x0112  # the EXIF tag
 
 
 @contextmanager
@@ -275,59 +254,234 @@ def opened(path: str) -> Iterator[Image.Image]:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{path}: cannot be read ({reason}); mend or remove it") from None
+        raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image, upright, as RGB."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode an opened image, turned as its EXIF tag says, as RGB."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    ImageOps.exif_transpose(image, in_place=True)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def stand_in(split: Split, row: int) -> int:
+    """The row itself, or the next one after it that can be read."""
+    if len(split.bad) == len(split):
+        raise ValueError(
+            f"none of the {len(split)} images can be read: {next(iter(split.bad.values()))}"
+        )
+    while row in split.bad:
+        row = (row + 1) % len(split)
+    return row
+
+
+def mark_bad(split: Split, row: int, reason: str) -> None:
+    """Note that a row cannot be read and warn of it, once; ValueError if there are too many."""
+    if row in split.bad:
+        return
+    split.bad[row] = reason
+    tqdm.write(f"{reason}; another image takes its place", file=sys.stderr)
+    if len(split.bad) >= 10 and len(split.bad) > len(split) / 100:
+        files = ", ".join(split.files[row] for row in sorted(split.bad))
+        raise ValueError(
+            f"{len(split.bad)} of {len(split)} images cannot be read, which is over 1 %; mend or remove "
+            f"them: {files}"
+        )
+
+
+class Kept:
+    """Decoded images of many sizes, one behind the other in one file: kept[row] is uint8 (H, W, 3)."""
+
+    def __init__(self, source: Path | np.ndarray, sizes: np.ndarray):
+        self.source, self.sizes, self.bytes = source, sizes, None
+        self.starts = np.concatenate([[0], np.cumsum(sizes.prod(1) * 3)])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        if self.bytes is None:  # each process opens the file itself
+            self.bytes = opened_bytes(self.source)
+        return self.bytes[self.starts[row] : self.starts[row + 1]].reshape(*self.sizes[row], 3)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "bytes": None}
+
+
+def opened_bytes(source: Path | np.ndarray) -> np.ndarray:
+    # mode c: torch wants arrays that may be written, and nothing that is written reaches the file
+    return np.memmap(source, np.uint8, "c") if isinstance(source, Path) else source
+
+
+def keep(
+    split: Split,
+    folder: str | Path,
+    size: int = 224,
+    cache: bool = False,
+    workers: int | None = None,
+) -> None:
+    """Decode a split once and for all into a file in the folder, or find it there: small images always,
+    others if cache says so, resized so that evaluation's centre crop needs no more.
+
+    The file is known by the paths in the split, and made anew if the size or time of one has changed. If
+    it cannot be written, small images are kept in memory and others are decoded each time, with a warning.
+
+    size: pixels of a side that the model wants; images are kept with a shorter side of 256 / 224 of it.
+    workers: processes that decode; None for one per usable core.
+    Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
+    """
+    if split.pixels is not None:
+        return
+    first = first_size(split.files)
+    small = max(first) <= SMALL
+    if not small and not cache:
+        return
+    side = None if small else round(size * 256 / 224)
+    whole = Whole(split.files, side, blank=first if small else (1, 1))
+    source = Path(folder) / f"{whole.name()}.pixels"
+    try:
+        index = read_index(source, whole) or write_pixels(source, whole, workers)
+    except TooLarge:  # a photograph among icons
+        return
+    except OSError as error:
+        instead = "they are kept in memory" if small else "they are decoded in each epoch"
+        tqdm.write(
+            f"{source}: the images cannot be kept there ({error}); {instead}", file=sys.stderr
+        )
+        if not small:
+            return
+        parts = []
+        index = whole.decode(workers, parts.append)
+        source = np.concatenate(parts)
+    for row, reason in index["bad"].items():
+        mark_bad(split, int(row), reason)
+    sizes = np.array(index["sizes"])
+    if small and (sizes == first).all():
+        split.pixels = opened_bytes(source).reshape(len(split), *first[::-1], 3)
+    else:
+        split.pixels = Kept(source, sizes)
+
+
+class TooLarge(Exception):
+    """An image among small ones is not small."""
 
 
 class Whole(TorchDataset):
-    """Whole images of one size, uint8 (H, W, 3). Runs in worker processes."""
+    """The whole image of each file: its shorter side at most so many pixels, or, with side None, as it is
+    if it is small. Runs in worker processes."""
 
-    def __init__(self, files: list[str]):
-        self.files = files
+    def __init__(self, files: list[str], side: int | None, blank: tuple[int, int]):
+        self.files, self.side, self.blank = files, side, blank  # width, height where one is bad
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, row: int) -> torch.Tensor | ValueError:
+    def __getitem__(self, row: int) -> np.ndarray | str:
+        """uint8 (H, W, 3), or what is wrong with the file."""
         try:
             with opened(self.files[row]) as image:
-                return torch.from_numpy(np.array(to_rgb(image)))
+                if self.side is None and max(image.size) > SMALL:
+                    raise TooLarge
+                if self.side:
+                    image.draft("RGB", (self.side, self.side))  # not below it
+                image = upright_rgb(image)
         except ValueError as error:
-            return error
+            return str(error)
+        if self.side and min(image.size) > self.side:
+            share = self.side / min(image.size)
+            wide, high = (max(self.side, round(length * share)) for length in image.size)
+            image = image.resize((wide, high), Image.Resampling.BILINEAR)
+        return np.array(image)
+
+    def collate(self, images: list) -> tuple[np.ndarray, list, list]:
+        """All bytes in a row, the (H, W) of each image, and what is wrong with each (or None)."""
+        errors = [image if isinstance(image, str) else None for image in images]
+        blank = np.zeros((*self.blank[::-1], 3), np.uint8)
+        images = [blank if error else image for image, error in zip(images, errors, strict=True)]
+        flat = np.concatenate([image.ravel() for image in images])
+        return torch.from_numpy(flat), [image.shape[:2] for image in images], errors
+
+    def decode(self, workers: int | None, write) -> dict:
+        """Decode all, write the bytes, and return the index: sizes, and bad, the reason for each row."""
+        few = len(self) < 1000  # read before a process has started
+        loader = DataLoader(
+            self,
+            batch_size=64,
+            num_workers=0 if few else usable(workers),
+            collate_fn=self.collate,
+            generator=torch.Generator(),
+        )
+        sizes, errors = [], []
+        for flat, some_sizes, some_errors in progress(loader, desc="decode", unit=" batches"):
+            write(flat.numpy())
+            sizes += some_sizes
+            errors += some_errors
+        return {"sizes": sizes, "bad": {str(row): e for row, e in enumerate(errors) if e}}
+
+    def name(self) -> str:
+        """Of the file for these paths and this side."""
+        text = "\n".join([str(self.side), *map(os.path.abspath, self.files)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def identity(self) -> str:
+        """Of what lies at the paths now: the size and time of each file."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            try:
+                stat = os.stat(file)
+                digest.update(b"%d %d," % (stat.st_size, stat.st_mtime_ns))
+            except OSError:
+                digest.update(b"missing,")
+        return digest.hexdigest()
 
 
-def stack(images: list) -> torch.Tensor | ValueError:
-    """A batch, or its first error: an error that a worker raises would come as a page of traceback."""
-    return next((i for i in images if isinstance(i, ValueError)), None) or torch.stack(images)
+def read_index(path: Path, whole: Whole) -> dict | None:
+    """The index of a file of pixels, if it is there, whole, and of the images as they are now."""
+    try:
+        index = json.loads(path.with_suffix(".json").read_text())
+        fits = path.stat().st_size == sum(3 * high * wide for high, wide in index["sizes"])
+        return index if fits and index["identity"] == whole.identity() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def unless_error(batch: torch.Tensor | ValueError) -> torch.Tensor:
-    if isinstance(batch, ValueError):
-        raise batch
-    return batch
+def write_pixels(path: Path, whole: Whole, workers: int | None) -> dict:
+    """Decode the images into a file with its index beside it, each in one piece; return the index.
+
+    Raises OSError, with nothing left behind, if they have no room or the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    identity, needed = whole.identity(), expected_bytes(whole)
+    print(f"{len(whole):,} images are decoded into {path}: {needed / 1e9:.2f} GB", flush=True)
+    if needed > (free := shutil.disk_usage(path.parent).free):
+        raise OSError(f"{needed / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB are free")
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        index = {"identity": identity, **whole.decode(workers, file.write)}
+    with atomic(path.with_suffix(".json")) as temporary:
+        temporary.write_text(json.dumps(index))
+    return index
 
 
-def is_small(files: list[str]) -> bool:
-    """Whether all images are of one size, and it is small."""
-    first = None
-    for path in files:
-        with opened(path) as image:  # reads the header alone
-            first = first or image.size
-            if max(first) > SMALL or image.size != first:
-                return False
-    return True
+def expected_bytes(whole: Whole) -> int:
+    """What the decoded images will take, by the headers of a hundred of them."""
+    total, rows = 0, range(0, len(whole), -(-len(whole) // 100))
+    for row in rows:
+        try:
+            wide, high = first_size(whole.files[row : row + 1])
+        except ValueError:
+            wide, high = whole.blank
+        share = min(1, (whole.side or SMALL) / min(wide, high))
+        total += 3 * round(wide * share) * round(high * share)
+    return total * len(whole) // len(rows)
 
 
-def decode_all(files: list[str], workers: int) -> np.ndarray:
-    """All of the files as one array, uint8 (N, H, W, 3)."""
-    workers = workers if len(files) > 1000 else 0  # few files are read before a process has started
-    loader = DataLoader(Whole(files), batch_size=250, num_workers=workers, collate_fn=stack)
-    pixels = [unless_error(images).numpy() for images in progress(loader, desc="decode")]
-    return np.concatenate(pixels)
+def first_size(files: list[str]) -> tuple[int, int]:
+    """Width and height of the first of the files that can be opened."""
+    for file in files:
+        try:
+            with opened(file) as image:
+                return image.size
+        except ValueError as error:
+            reason = error
+    raise ValueError(f"none of the {len(files)} images can be read: {reason}")
 
 
 def progress(iterable=None, **how) -> tqdm:
@@ -342,203 +496,3 @@ def usable(workers: int | None) -> int:
         return workers
     affinity = getattr(os, "sched_getaffinity", None)  # Linux: knows of taskset and containers
     return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
-
-
-def class_ranks(labels: np.ndarray) -> np.ndarray:
-    """For each row, how many rows of its class stand before it."""
-    order = np.argsort(labels, kind="stable")
-    ranks = np.empty(len(labels), np.int64)
-    ranks[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
-    return ranks
-
-
-def even_rows(labels: np.ndarray, limit: int) -> np.ndarray:
-    """Rows of at most limit images: the first of every class, then the second of every class, ..."""
-    return np.sort(np.lexsort((labels, class_ranks(labels)))[:limit])
-
-
-def stratified(names: list[str], labels: np.ndarray, parts: list[float]) -> list[np.ndarray]:
-    """Split rows so that each class is split in these parts; the rest is one part more. The first part
-    has an image of every class, also of one too small to be split.
-
-    The order is that of a hash of each name (a path relative to the data set): it does not depend on
-    where the data lies, on the order of listing, or on a version of a random generator.
-    """
-    by_hash = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
-    ranks, sizes = np.empty(len(labels), np.int64), np.bincount(labels)
-    ranks[by_hash] = class_ranks(labels[by_hash])
-    ends = [np.floor(sizes * share + 1e-9).clip(1)[labels] for share in np.cumsum(parts)]
-    part = sum((ranks >= end).astype(int) for end in ends)
-    return [np.flatnonzero(part == k) for k in range(len(parts) + 1)]
-
-
-def find(title: str, data_dir: str | None, fits: Callable[[Path], bool], needs: str) -> Path:
-    """The first folder that fits, in data_dir or else in the known places, at most five levels down."""
-    roots = [Path(data_dir)] if data_dir else [Path("data"), Path("/kaggle/input")]
-    level = [root for root in roots if root.is_dir()]
-    for _ in range(6):
-        for folder in level:
-            if fits(folder):
-                print(f"{title}: {folder}")
-                return folder
-        level = [child for folder in level for child in subfolders(folder)]
-    looked = " and ".join(str(root.absolute()) for root in roots)
-    raise FileNotFoundError(f"{title} not found: looked in and below {looked} for {needs}")
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones; none of a folder that may not be read."""
-    try:
-        entries = list(os.scandir(folder))
-    except PermissionError:
-        return []
-    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
-    return [folder / name for name in sorted(names)]
-
-
-def demo(data_dir: str | None):
-    """10,000 digits of MNIST: for each class 400 to train, 200 to validate, the rest to test."""
-    if data_dir:
-        raise ValueError(
-            f"--data-dir {data_dir}: the demo's digits lie in assets/; did you mean --dataset folder?"
-        )
-    pixels, labels = (
-        read_idx(ASSETS, f"digits-{part}-ubyte") for part in ("images-idx3", "labels-idx1")
-    )
-    ranks = class_ranks(labels)
-    splits = {"train": ranks < 400, "val": (ranks >= 400) & (ranks < 600), "test": ranks >= 600}
-    classes = "zero one two three four five six seven eight nine".split()
-    return {
-        key: Split(labels[chosen], pixels=pixels[chosen]) for key, chosen in splits.items()
-    }, classes
-
-
-def fashion_mnist(data_dir: str | None):
-    """60,000 and 10,000 clothes, 28 x 28, which the embedded trunk was pretrained on."""
-    names = {
-        (split, part): f"{prefix}-{part}-ubyte"
-        for split, prefix in (("train", "train"), ("val", "t10k"))
-        for part in ("images-idx3", "labels-idx1")
-    }
-    root = find(
-        "Fashion-MNIST",
-        data_dir,
-        lambda folder: all(idx_file(folder, name) for name in names.values()),
-        f"a folder with {', '.join(names.values())}, gzipped or not; get them from "
-        "https://github.com/zalandoresearch/fashion-mnist",
-    )
-    found = {key: read_idx(root, name) for key, name in names.items()}
-    splits = {
-        key: Split(found[key, "labels-idx1"], pixels=found[key, "images-idx3"])
-        for key in ("train", "val")
-    }
-    clothes = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-    return splits, clothes.split(",")
-
-
-def idx_file(folder: Path, name: str) -> Path | None:
-    there = (folder / name, folder / f"{name}.gz")
-    return next((path for path in there if path.is_file()), None)
-
-
-def read_idx(folder: Path, name: str) -> np.ndarray:
-    """An idx file of bytes, gzipped or not: uint8 images (N, H, W), or labels (N,) as int64."""
-    path = idx_file(folder, name)
-    content = path.read_bytes()
-    try:
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
-        sides = content[3]  # how many dimensions; then each as a big-endian int32
-        shape = np.frombuffer(content, ">i4", sides, offset=4)
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * sides).reshape(shape)
-    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole idx file ({error}); get it again") from None
-    return values if sides > 1 else values.astype(np.int64)
-
-
-def tiny_imagenet(data_dir: str | None):
-    """The labelled 100,000 of Tiny-ImageNet as 80,000 train, 10,000 val, 10,000 test: 400/50/50 a class."""
-    root = find(
-        "Tiny-ImageNet",
-        data_dir,
-        lambda folder: (folder / "wnids.txt").is_file() and (folder / "train").is_dir(),
-        "a folder with wnids.txt and train/; get http://cs231n.stanford.edu/tiny-imagenet-200.zip, "
-        "unzip it in ./data or name its folder with --data-dir (on Kaggle: Add Input, Tiny ImageNet)",
-    )
-    ids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
-    files, labels = list_classes(root / "train", ids)
-    relative = [Path(file).relative_to(root).as_posix() for file in files]
-    parts = stratified(relative, labels, [0.8, 0.1])
-    everything = Split(labels, files)
-    splits = dict(zip(("train", "val", "test"), map(everything.rows, parts), strict=True))
-    return splits, readable_names(ids, root / "words.txt")
-
-
-def readable_names(ids: list[str], words: Path) -> list[str]:
-    """The first word that WordNet has for each id; the id too where two share it."""
-    if not words.is_file():
-        return ids
-    lines = (
-        line.split("\t") for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line
-    )
-    word = {key: names.split(",")[0] for key, names in lines}
-    names = [word.get(key, key) for key in ids]
-    return [f"{n} {key}" if names.count(n) > 1 else n for n, key in zip(names, ids, strict=True)]
-
-
-def folder(data_dir: str | None):
-    """Class folders of one's own: DIR/train/cat/*.jpg and DIR/val/cat/*.jpg (or valid, or validation),
-    or DIR/cat/*.jpg, of which one image in five validates."""
-    root = Path(data_dir or "data")
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{root.absolute()} not found: --dataset folder needs --data-dir with a folder for each class"
-        )
-    inside = {path.name: path for path in subfolders(root)}
-    split = "train" in inside and subfolders(inside["train"])  # else it is a class of trains
-    top, val = (inside["train"], None) if split else (root, None)
-    if split:
-        val = next(
-            (inside[name] for name in ("val", "valid", "validation") if name in inside), None
-        )
-    classes = [path.name for path in subfolders(top)]
-    if len(classes) < 2:
-        found = f"{classes[0]} alone; is it --data-dir {top / classes[0]}?" if classes else "none"
-        raise ValueError(
-            f"{top}: expected a folder of images for each of the classes, found {found}"
-        )
-    files, labels = list_classes(top, classes)
-    everything = Split(labels, files)
-    if not val:
-        relative = [Path(file).relative_to(root).as_posix() for file in files]
-        rows = stratified(relative, labels, [0.8])
-        return dict(zip(("train", "val"), map(everything.rows, rows), strict=True)), classes
-    unknown = [path for path in subfolders(val) if path.name not in classes]
-    if unknown:
-        raise ValueError(f"{unknown[0]}: a class that {top} does not have; add it or remove it")
-    val_files, val_labels = list_classes(val, classes, may_lack=True)
-    return {"train": everything, "val": Split(val_labels, val_files)}, classes
-
-
-def list_classes(root: Path, classes: list[str], may_lack: bool = False):
-    """The image files below root/<class>/ of each class, sorted, and their labels."""
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(
-            os.path.join(path, file)
-            for path, _, there in os.walk(root / name)
-            for file in there
-            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-        )
-        if not found and not may_lack:
-            raise ValueError(f"{root / name}: no images; put some in or remove the folder")
-        files += found
-        labels += [label] * len(found)
-    return files, np.array(labels, np.int64)
-
-
-SOURCES = {
-    "demo": demo,
-    "tiny-imagenet": tiny_imagenet,
-    "folder": folder,
-    "fashion-mnist": fashion_mnist,
-}

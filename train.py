@@ -48,6 +48,8 @@ class Config:
     data_dir: str | None = option(None, "where the data set lies (default: the known places)")
     limit: int | None = option(None, "at most this many images of each split")
     classes: str | None = option(None, "train on these classes only, names with commas")
+    download: bool = option(False, "fetch the data set if it is not there (food101, cifar100)")
+    holdout: float = option(0.0, "validate on this fraction of the training images instead")
     min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: none")
     flip: bool = option(True, "mirror training images at random")
     model: str = option("vit_b_16", "trunk", tuple(vit.MODELS))
@@ -71,6 +73,10 @@ class Config:
     amp: str = option("auto", "mixed precision", ("auto", "bf16", "fp16", "off"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int | None = option(None, "processes that decode images (default: one a core)")
+    cache: bool = option(False, "decode large images once too, and keep them on disk")
+    cache_dir: str | None = option(
+        None, "where decoded images are kept (default: cache/ beside --out)"
+    )
     seed: int = option(0, "of everything that is random")
     test: bool = option(False, "evaluate the best epoch on the test split too")
     out: str | None = option(
@@ -156,7 +162,7 @@ def prepare(config: Config) -> Run:
     dtype = pick_dtype(config.amp, device)
     torch.manual_seed(config.seed)
     c = config
-    dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes)
+    dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
     if c.test and dataset.test is None:
         raise ValueError(f"--test: {c.dataset} has no test split, only train and validation")
     model, preprocessing = vit.build(
@@ -167,8 +173,9 @@ def prepare(config: Config) -> Run:
         model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
     )
     check_rank(config, model)
+    cache_dir = c.cache_dir or (Path(c.out).parent if c.out else Path("runs")) / "cache"
     for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
-        data.keep_small(split, c.workers)
+        data.keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
     info = {
         **arguments,
         "model": config.model,
@@ -341,6 +348,9 @@ class Log:
             flush=True,
         )
         self.start_epoch()
+        splits = (self.run.dataset.train, self.run.dataset.val, self.run.dataset.test)
+        if bad := [reason for split in splits if split for reason in split.bad.values()]:
+            (self.run.folder / "unreadable.txt").write_text("\n".join(bad) + "\n")
 
     def write(self, step: int, **values):
         for key, value in values.items():  # train_loss is train/loss in TensorBoard
@@ -401,6 +411,7 @@ def check(config: Config) -> None:
         "lr > 0": 0 < config.lr < math.inf,
         "weight_decay >= 0": 0 <= config.weight_decay < math.inf,
         "min_crop in (0, 1]": 0 < config.min_crop <= 1,
+        "holdout in [0, 1)": 0 <= config.holdout < 1,
         "head_dropout in [0, 1)": 0 <= config.head_dropout < 1,
         "adapter_dropout in [0, 1)": 0 <= config.adapter_dropout < 1,
         "module_dropout in [0, 1)": 0 <= config.module_dropout < 1,

@@ -17,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
-from trees import tiny_imagenet, write_image
+from trees import pets, tiny_imagenet
 
 import checkpoint
 import data
@@ -223,13 +223,10 @@ def test_evaluation_counts_every_image_once():
 
 
 def test_same_seed_same_result_bit_for_bit(tmp_path):
-    for label, name in enumerate(("cat", "dog")):
-        for i in range(12):  # files, so that workers have something to do
-            write_image(tmp_path / "pets" / name / f"{i}.jpg", label, i, (120, 90))
-    pets = {"dataset": "folder", "data_dir": tmp_path / "pets"}
+    files = {"dataset": "folder", "data_dir": pets(tmp_path / "pets")}  # for workers to read
 
     def tensors(name, **changed):
-        settings = {**QUICK, **pets, "adapter_dropout": 0.1, **changed}
+        settings = {**QUICK, **files, "adapter_dropout": 0.1, **changed}
         train.train(train.Config(out=tmp_path / name, **settings))
         return checkpoint.read_adapter(tmp_path / name / "adapter.safetensors")[0]
 
@@ -329,17 +326,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_epoch(
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_an_image_that_breaks_off_is_one_line(workers, tmp_path, capsys):
-    for label, name in enumerate(("cat", "dog")):
-        for i in range(10):
-            write_image(tmp_path / "pets" / name / f"{i}.jpg", label, i, (120, 90))
-    path = tmp_path / "pets" / "dog" / "4.jpg"
-    path.write_bytes(path.read_bytes()[:700])
-    flags = "--dataset folder --batch-size 4 --epochs 1 --workers".split()
-    folders = ["--data-dir", str(tmp_path / "pets"), "--out", str(tmp_path / "run")]
-    assert train.main([*flags, workers, *folders]) == 2
-    error = capsys.readouterr().err.strip()
-    assert str(path) in error and "\n" not in error
+def test_broken_images_are_replaced_and_listed_or_stop_the_run(workers, tmp_path, capsys):
+    files = sorted(pets(tmp_path / "pets", images=30).rglob("*.jpg"))
+    files[3].write_bytes(files[3].read_bytes()[:700])
+    flags = "--dataset folder --batch-size 8 --epochs 1 --workers".split()
+    flags += [workers, "--data-dir", str(tmp_path / "pets"), "--out"]
+    assert train.main([*flags, str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("cannot be read") == 1
+    (listed,) = (tmp_path / "run" / "unreadable.txt").read_text().splitlines()
+    assert str(files[3]) in listed and listed in said
+    for file in files:
+        file.write_bytes(file.read_bytes()[:700])
+    assert train.main([*flags, str(tmp_path / "other")]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("train.py: 10 of 48 images cannot be read, which is over 1 %")
 
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):

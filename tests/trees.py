@@ -1,5 +1,8 @@
 """Data sets in their true layouts, small, with images that a model can learn."""
 
+import json
+import pickle
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,15 @@ def write_image(path: Path, label: int, i: int, size=(64, 64), orientation: int 
     (image.convert("L") if grey else image).save(path, quality=90, exif=exif)
 
 
+def pets(root: Path, parts=("",), classes=("cat", "dög 2"), images=10, size=(120, 90)) -> Path:
+    """Class folders of one's own, with a space and an umlaut in names."""
+    for part in parts:
+        for label, name in enumerate(classes):
+            for i in range(images):
+                write_image(root / part / name / f"{i} ü.jpg", label, i, size)
+    return root
+
+
 def tiny_imagenet(root: Path, classes: int = 200, images: int = 10) -> Path:
     """Tiny-ImageNet's layout: train/<wnid>/images, val/images with annotations, test/images, lists."""
     wnids = [f"n{label:08d}" for label in range(classes)]
@@ -41,3 +53,97 @@ def tiny_imagenet(root: Path, classes: int = 200, images: int = 10) -> Path:
     words = "".join(f"{wnid}\tthing {label}, object\n" for label, wnid in enumerate(wnids))
     (root / "words.txt").write_text(words + "n99999999\tnot in the data set\n")
     return root
+
+
+def food101(root: Path, classes=("beignets", "cheese_plate", "cheesecake"), kaggle=False) -> Path:
+    """torchvision's layout, or Kaggle's food41 with its meta in meta: 6 + 2 images a class."""
+    meta = root / "meta" / "meta" if kaggle else root / "meta"
+    meta.mkdir(parents=True)
+    lists = {"train": {}, "test": {}}
+    for label, name in enumerate(classes):
+        ids = [f"{name}/{1000 * label + i}" for i in range(8)]
+        lists["train"][name], lists["test"][name] = ids[:6], ids[6:]
+        for i, image in enumerate(ids):
+            write_image(root / "images" / f"{image}.jpg", label, i, (128, 96))
+    for part, listed in lists.items():
+        (meta / f"{part}.json").write_text(json.dumps(listed))
+        lines = "".join(f"{image}\n" for images in listed.values() for image in images)
+        (meta / f"{part}.txt").write_text(lines)
+    (meta / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    return root
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes what Python 2 and the NumPy of its day wrote: str and bytes alike as short strings."""
+
+    dispatch = pickle._Pickler.dispatch.copy()
+
+    def save_string(self, text):
+        content = text if isinstance(text, bytes) else text.encode("latin1")
+        self.write(pickle.BINSTRING + struct.pack("<i", len(content)) + content)
+        self.memoize(text)
+
+    dispatch[bytes] = dispatch[str] = save_string
+
+    def save_global(self, thing, name=None):
+        module = thing.__module__.replace("numpy._core", "numpy.core")
+        self.write(pickle.GLOBAL + f"{module}\n{name or thing.__name__}\n".encode())
+        self.memoize(thing)
+
+    dispatch[type] = save_global
+
+
+def write_pickle(path: Path, content: dict) -> None:
+    with open(path, "wb") as file:
+        Python2Pickler(file, protocol=2).dump(content)
+
+
+def cifar100(root: Path, train: int = 200, test: int = 50) -> Path:
+    """cifar-100-python/ with its three pickles, as Python 2 wrote them."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, count in (("train", train), ("test", test)):
+        fine = [i % 100 for i in range(count)]
+        part = {
+            "filenames": [f"{name}_{i:05d}.png" for i in range(count)],
+            "batch_label": f"{name} batch 1 of 1",
+            "fine_labels": fine,
+            "coarse_labels": [label // 5 for label in fine],
+            "data": rng.integers(0, 256, (count, 3072), np.uint8),
+        }
+        write_pickle(folder / name, part)
+    names = {
+        "fine_label_names": [f"thing_{i:02d}" for i in range(100)],
+        "coarse_label_names": [f"kind_{i:02d}" for i in range(20)],
+    }
+    write_pickle(folder / "meta", names)
+    return folder
+
+
+IMAGENET_IDS = {
+    "n01440764": "tench, Tinca tinca",
+    "n02012849": "crane",
+    "n03126707": "crane, derrick",
+}
+
+
+def imagenet(root: Path, kaggle: bool) -> Path:
+    """ImageNet-1k with three classes: folders in val/, or Kaggle's with one flat val/ and its lists."""
+    folder = root / "ILSVRC" / "Data" / "CLS-LOC" if kaggle else root
+    solution = ["ImageId,PredictionString"]
+    for label, wnid in enumerate(IMAGENET_IDS):
+        for i in range(4):
+            write_image(folder / "train" / wnid / f"{wnid}_{i}.JPEG", label, i, (120, 100))
+        for i in range(2):
+            image = f"ILSVRC2012_val_{2 * label + i + 1:08d}"
+            place = folder / "val" / ("" if kaggle else wnid) / f"{image}.JPEG"
+            write_image(place, label, 100 + i, (120, 100))
+            solution.append(f"{image},{wnid} 85 1 499 272 {wnid} 3 4 5 6 ")
+    write_image(folder / "test" / "ILSVRC2012_test_00000001.JPEG", 0, 999, (120, 100))
+    if kaggle:
+        head, *rows = solution  # Kaggle's rows are in no order
+        (root / "LOC_val_solution.csv").write_text("\n".join([head, *reversed(rows), ""]))
+        text = "".join(f"{wnid} {words}\n" for wnid, words in IMAGENET_IDS.items())
+        (root / "LOC_synset_mapping.txt").write_text(text)
+    return folder

@@ -1,0 +1,421 @@
+"""Data sets in their true layouts, written here: what is found, how it is split, what is refused."""
+
+import gzip
+import hashlib
+import http.server
+import os
+import pickle
+import shutil
+import tarfile
+import threading
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+import trees
+from PIL import Image
+from torchvision import datasets
+from trees import pets, tiny_imagenet, write_image
+
+import sources
+from data import keep
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return tiny_imagenet(
+        tmp_path_factory.mktemp("tiny") / "tiny-imagenet-200", classes=6, images=20
+    )
+
+
+def paths(root, part):
+    """The relative paths of a split."""
+    split = getattr(sources.load("tiny-imagenet", str(root)), part)
+    return [Path(file).relative_to(root).as_posix() for file in split.files]
+
+
+def test_demo_is_ten_thousand_digits_in_fixed_stratified_splits():
+    demo = sources.load("demo")
+    assert demo.classes[:3] == ["zero", "one", "two"] and len(demo.classes) == 10
+    assert np.bincount(demo.train.labels).tolist() == [400] * 10
+    assert np.bincount(demo.val.labels).tolist() == [200] * 10
+    assert len(demo.test) == 4000 and np.bincount(demo.test.labels).min() > 250
+    images = [image.tobytes() for s in (demo.train, demo.val, demo.test) for image in s.pixels]
+    assert len(images) == len(set(images)) == 10_000, "no image stands in two splits"
+
+
+def test_tiny_imagenet_split_is_stratified_disjoint_and_complete(tiny):
+    parts = {part: paths(tiny, part) for part in ("train", "val", "test")}
+    assert {part: len(files) for part, files in parts.items()} == {
+        "train": 96,
+        "val": 12,
+        "test": 12,
+    }
+    assert len(set().union(*parts.values())) == 120
+    for part, share in (("train", 16), ("val", 2), ("test", 2)):
+        wnids = [file.split("/")[1] for file in parts[part]]
+        assert {wnids.count(wnid) for wnid in set(wnids)} == {share}
+    # the mission's numbers, at full size
+    names = [f"train/n{c:08d}/images/{i}.JPEG" for c in range(200) for i in range(500)]
+    labels = np.repeat(np.arange(200), 500)
+    rows = sources.stratified(names, labels, [0.8, 0.1])
+    assert [set(np.bincount(labels[r])) for r in rows] == [{400}, {50}, {50}]
+    assert [len(r) for r in rows] == [80_000, 10_000, 10_000]
+    assert sum(rows[1][:50] < 500) == 50 and rows[1][:5].tolist() != list(range(400, 405))
+
+
+def test_tiny_imagenet_split_does_not_depend_on_the_mount(tiny, tmp_path):
+    moved = tmp_path / "elsewhere" / "tiny-imagenet-200"
+    shutil.copytree(tiny, moved)
+    for part in ("train", "val", "test"):
+        assert paths(tiny, part) == paths(moved, part)
+
+
+def test_tiny_imagenet_labels_and_pixels_belong_together(tiny, tmp_path):
+    loaded = sources.load("tiny-imagenet", str(tiny))
+    assert loaded.classes[:2] == ["thing 0", "thing 1"]
+    for part in ("train", "val", "test"):
+        split = getattr(loaded, part)
+        files = split.files
+        keep(split, tmp_path)
+        assert split.pixels.shape == (len(files), 64, 64, 3) and split.pixels.dtype == np.uint8
+        for row in (0, len(files) // 2, -1):
+            with Image.open(files[row]) as image:
+                assert np.array_equal(np.array(image.convert("RGB")), split.pixels[row])
+            assert f"n{split.labels[row]:08d}" in files[row]
+
+
+def test_names_of_two_classes_that_are_alike_keep_their_id(tmp_path):
+    (tmp_path / "words.txt").write_text("n01\tcrane, bird\nn02\tcrane\nn03\tgoldfish, fish\n")
+    names = sources.readable_names(["n01", "n02", "n03", "n04"], tmp_path / "words.txt", "\t")
+    assert names == ["crane n01", "crane n02", "goldfish", "n04"]
+
+
+@pytest.mark.parametrize("below", [".", "kaggle/datasets/someone/tiny-imagenet"])
+def test_data_is_found_below_the_folder_that_is_named(tiny, tmp_path, below, capsys):
+    place = tmp_path / below / "tiny-imagenet-200"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(tiny)
+    assert len(sources.load("tiny-imagenet", str(tmp_path)).classes) == 6
+    assert str(place) in capsys.readouterr().out
+
+
+def test_data_is_found_in_the_working_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tiny-imagenet-200").symlink_to(tiny)
+    assert len(sources.load("tiny-imagenet").classes) == 6
+
+
+def test_missing_data_says_what_where_and_how(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as error:
+        sources.load("tiny-imagenet")
+    message = str(error.value)
+    for part in (
+        "Tiny-ImageNet",
+        str(tmp_path / "data"),
+        "/kaggle/input",
+        "wnids.txt",
+        "http",
+        "--data-dir",
+    ):
+        assert part in message
+    assert "\n" not in message
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
+        sources.load("tiny-imagenet", str(tmp_path / "nowhere"))
+
+
+def test_limit_is_stratified_and_classes_keep_the_whole_list(tiny):
+    limited = sources.load("tiny-imagenet", str(tiny), limit=13)
+    assert np.bincount(limited.train.labels).tolist() == [3, 2, 2, 2, 2, 2]
+    assert len(limited.val) == 12
+    some = sources.load("tiny-imagenet", str(tiny), classes="thing 4,thing 1")
+    assert set(some.train.labels) == {1, 4} and len(some.classes) == 6
+    with pytest.raises(ValueError, match=r"'thing 9'.*did you mean thing"):
+        sources.load("tiny-imagenet", str(tiny), classes="thing 9")
+    spaced = sources.load("tiny-imagenet", str(tiny), classes=" thing 4, thing 1 ")
+    assert np.array_equal(spaced.train.labels, some.train.labels)
+    with pytest.raises(ValueError, match="did you mean --dataset folder"):
+        sources.load("demo", str(tiny))
+    with pytest.raises(ValueError, match="limit 0"):
+        sources.load("demo", limit=0)
+    with pytest.raises(ValueError, match="tiny-imagenet"):
+        sources.load("mnist")
+
+
+def test_a_folder_of_one_s_own_is_split_by_class(tmp_path):
+    splits, classes = sources.folder(str(pets(tmp_path)))
+    assert classes == ["cat", "dög 2"]
+    for part, count in (("train", 8), ("val", 2)):
+        assert np.bincount(splits[part].labels).tolist() == [count] * 2
+    assert not set(splits["train"].files) & set(splits["val"].files)
+
+
+def test_a_folder_with_train_and_val_is_taken_as_it_is(tmp_path):
+    splits, _ = sources.folder(str(pets(tmp_path, ("train", "val"))))
+    assert all("/train/" in file for file in splits["train"].files) and len(splits["train"]) == 20
+    assert all("/val/" in file for file in splits["val"].files) and len(splits["val"]) == 20
+
+
+def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data-dir"):
+        sources.load("folder", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="each of the classes, found none"):
+        sources.load("folder", str(tmp_path))
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"found photos alone; is it --data-dir .*photos"):
+        sources.load("folder", str(tmp_path))
+    shutil.rmtree(tmp_path / "photos")
+    pets(tmp_path, ("train", "val"))
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: no images"):
+        sources.load("folder", str(tmp_path))
+    (tmp_path / "train" / "empty").rmdir()
+    write_image(tmp_path / "val" / "horse" / "1.jpg", 0, 0, (120, 90))
+    with pytest.raises(ValueError, match="horse: a class that"):
+        sources.load("folder", str(tmp_path))
+
+
+def test_what_is_no_class_is_not_taken_for_one(tmp_path):
+    pets(tmp_path)
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        write_image(tmp_path / name / "0.jpg", 0, 0)
+    (tmp_path / "cat" / "._1 ü.jpg").write_bytes(b"what macOS leaves")
+    dataset = sources.load("folder", str(tmp_path))
+    assert dataset.classes == ["cat", "dög 2"]
+    assert len(dataset.train) + len(dataset.val) == 20
+
+
+def test_train_alone_is_split_and_valid_is_val(tmp_path):
+    pets(tmp_path / "a", ("train",))
+    dataset = sources.load("folder", str(tmp_path / "a"))
+    assert dataset.classes == ["cat", "dög 2"] and len(dataset.val) == 4
+    pets(tmp_path / "b", ("train", "valid"))
+    assert len(sources.load("folder", str(tmp_path / "b")).val) == 20
+    pets(tmp_path / "c", classes=("train", "bus"))  # vehicles
+    assert sources.load("folder", str(tmp_path / "c")).classes == ["bus", "train"]
+
+
+def test_a_class_of_one_image_is_trained_on(tmp_path):
+    pets(tmp_path)
+    write_image(tmp_path / "newt" / "1.jpg", 2, 0, (120, 90))
+    dataset = sources.load("folder", str(tmp_path))
+    assert np.bincount(dataset.train.labels).tolist() == [8, 8, 1]
+
+
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_fashion_mnist_is_read_from_its_idx_files(gzipped, tmp_path):
+    rng = np.random.default_rng(0)
+    written = {}
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        written[prefix] = images, np.arange(count, dtype=np.uint8) % 10
+        for name, values in zip(("images-idx3", "labels-idx1"), written[prefix], strict=True):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+            path = tmp_path / "FashionMNIST" / "raw" / f"{prefix}-{name}-ubyte"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if gzipped:
+                path.with_name(f"{path.name}.gz").write_bytes(
+                    gzip.compress(head + values.tobytes())
+                )
+            else:
+                path.write_bytes(head + values.tobytes())
+    dataset = sources.load("fashion-mnist", str(tmp_path))
+    for split, prefix in ((dataset.train, "train"), (dataset.val, "t10k")):
+        assert np.array_equal(split.pixels, written[prefix][0][..., None].repeat(3, -1))
+        assert np.array_equal(split.labels, written[prefix][1])
+    if gzipped:
+        path.with_name(f"{path.name}.gz").write_bytes(b"half")
+    else:
+        path.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1.*not a whole idx file"):
+        sources.load("fashion-mnist", str(tmp_path))
+
+
+def test_folders_that_may_not_be_read_are_passed_over(tiny, tmp_path, monkeypatch):
+    (tmp_path / "tiny-imagenet-200").symlink_to(tiny)
+    (tmp_path / "private").mkdir()
+    scandir = os.scandir
+
+    def refusing(folder):
+        if Path(folder).name == "private":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert len(sources.load("tiny-imagenet", str(tmp_path)).classes) == 6
+
+
+def test_official_validation_of_tiny_imagenet_is_its_test(tiny):
+    dataset = sources.load("tiny-imagenet-official", str(tiny))
+    plain = sources.load("tiny-imagenet", str(tiny))
+    assert dataset.train.files == plain.train.files and dataset.val.files == plain.val.files
+    assert [Path(file).name for file in dataset.test.files] == [f"val_{i}.JPEG" for i in range(6)]
+    assert dataset.test.labels.tolist() == list(range(6)), "as val_annotations.txt says"
+
+
+@pytest.mark.parametrize("kaggle", [False, True])
+def test_food101_in_torchvision_s_and_in_kaggle_s_layout(kaggle, tmp_path):
+    root = trees.food101(tmp_path / "input" / "food-101", kaggle=kaggle)
+    dataset = sources.load("food101", str(tmp_path))
+    assert dataset.classes == ["beignets", "cheese_plate", "cheesecake"]
+    assert dataset.test is None
+    for split, count in ((dataset.train, 6), (dataset.val, 2)):
+        assert np.bincount(split.labels).tolist() == [count] * 3
+        for file, label in zip(split.files, split.labels, strict=True):
+            assert Path(file).is_file() and Path(file).parent.name == dataset.classes[label]
+    if not kaggle:  # the same as torchvision itself reads
+        for split, part in ((dataset.train, "train"), (dataset.val, "test")):
+            theirs = datasets.Food101(root.parent, split=part)
+            assert theirs.classes == dataset.classes
+            ours = dict(zip(split.files, split.labels, strict=True))
+            assert ours == {
+                str(f): y for f, y in zip(theirs._image_files, theirs._labels, strict=True)
+            }
+
+
+def test_class_names_keep_cheesecake_from_cheese_plate(tmp_path):
+    """Hugging Face numbers the two the other way round: a label means its name and nothing else."""
+    trees.food101(tmp_path / "a", ("beignets", "cheese_plate", "cheesecake"))
+    trees.food101(tmp_path / "b", ("beignets", "cheesecake", "cheese_plate"))
+    for folder in ("a", "b"):
+        dataset = sources.load("food101", str(tmp_path / folder))
+        for file, label in zip(dataset.train.files, dataset.train.labels, strict=True):
+            assert Path(file).parent.name == dataset.classes[label]
+
+
+def test_holdout_validates_on_training_images_and_tests_on_the_rest(tmp_path):
+    trees.food101(tmp_path)
+    whole = sources.load("food101", str(tmp_path))
+    chosen = {"classes": ["beignets", "cheesecake"], "limit": 10}
+    dataset = sources.load("food101", str(tmp_path), holdout=0.4, **chosen)
+    assert np.bincount(dataset.train.labels).tolist() == [3, 0, 3]
+    assert np.bincount(dataset.val.labels).tolist() == [2, 0, 2]
+    assert not set(dataset.train.files) & set(dataset.val.files)
+    assert set(dataset.train.files) | set(dataset.val.files) <= set(whole.train.files)
+    assert set(dataset.test.files) < set(whole.val.files) and len(dataset.classes) == 3
+
+
+def test_cifar100_is_read_and_split(tmp_path, monkeypatch):
+    trees.cifar100(tmp_path)
+    dataset = sources.load("cifar100", str(tmp_path))
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [100, 100, 50]
+    assert dataset.classes[3] == "thing_03" and dataset.train.pixels.shape == (100, 32, 32, 3)
+    # 500 a class in the true files: 450 and 50
+    rows = sources.stratified([str(i) for i in range(50_000)], np.arange(50_000) % 100, [0.9])
+    assert [set(np.bincount(r)) for r in (np.arange(50_000)[r] % 100 for r in rows)] == [
+        {450},
+        {50},
+    ]
+    # the reference: torchvision's own reader, but for the true files' checksums
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    theirs = datasets.CIFAR100(tmp_path, train=False)
+    assert np.array_equal(theirs.data, dataset.test.pixels)
+    assert theirs.targets == dataset.test.labels.tolist() and theirs.classes == dataset.classes
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb-went-off", "w"))
+
+
+def test_a_hostile_pickle_in_cifar100_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = trees.cifar100(tmp_path)
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": Bomb()}))
+    with pytest.raises(ValueError, match=r"meta: not one of CIFAR's files \(it calls .*open"):
+        sources.load("cifar100", str(tmp_path))
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+@pytest.mark.parametrize("kaggle", [False, True])
+def test_imagenet_in_folders_and_as_kaggle_has_it(kaggle, tmp_path):
+    folder = trees.imagenet(tmp_path / "input" / "imagenet", kaggle)
+    dataset = sources.load("imagenet", str(tmp_path))
+    ids = list(trees.IMAGENET_IDS)
+    assert dataset.classes == (["tench", "crane n02012849", "crane n03126707"] if kaggle else ids)
+    assert np.bincount(dataset.train.labels).tolist() == [4] * 3
+    assert np.bincount(dataset.val.labels).tolist() == [2] * 3
+    for file, label in zip(dataset.val.files, dataset.val.labels, strict=True):
+        assert Path(file).is_file()
+        assert (int(Path(file).stem[-8:]) - 1) // 2 == label
+    if kaggle:
+        shutil.move(tmp_path / "input" / "imagenet" / "LOC_val_solution.csv", tmp_path / "away")
+        with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv, which labels it"):
+            sources.load("imagenet", str(folder))
+
+
+def test_a_thousand_classes_have_torchvision_s_names(tmp_path):
+    ids = [f"n{i:08d}" for i in range(1000)]
+    names = sources.imagenet_names(tmp_path, ids)
+    assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
+
+
+def test_tiny_imagenet_is_not_taken_for_imagenet(tiny):
+    with pytest.raises(FileNotFoundError, match="ImageNet not found"):
+        sources.load("imagenet", str(tiny.parent))
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder and the address under which a server of this machine's own shows it."""
+    folder = tmp_path / "web"
+    folder.mkdir()
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["cifar100", "food101"])
+def test_download_fetches_what_is_not_there_once(name, web, tmp_path, monkeypatch):
+    """From where torchvision says, but for the host."""
+    monkeypatch.chdir(tmp_path)
+    folder, address = web
+    source = datasets.CIFAR100 if name == "cifar100" else datasets.Food101
+    url, md5 = ("url", "tgz_md5") if name == "cifar100" else ("_URL", "_MD5")
+    made = (
+        trees.cifar100(tmp_path / "made")
+        if name == "cifar100"
+        else trees.food101(tmp_path / "made" / "food-101")
+    )
+    archive = folder / getattr(source, url).rsplit("/", 1)[1]
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(made, made.name)
+    monkeypatch.setattr(source, url, f"{address}/{archive.name}")
+    monkeypatch.setattr(source, md5, "0" * 32)
+    with pytest.raises(FileNotFoundError, match="add --download"):
+        sources.load(name)
+    with pytest.raises(ValueError, match=f"--download: {name} did not arrive whole"):
+        sources.load(name, download=True)
+    monkeypatch.setattr(source, md5, hashlib.md5(archive.read_bytes()).hexdigest())
+    fetched = sources.load(name, download=True)
+    assert len(fetched.train) == (100 if name == "cifar100" else 18)
+    archive.unlink()
+    assert len(sources.load(name, download=True).train) == len(fetched.train), "it is there now"
+
+
+def test_a_download_that_fails_is_one_line(web, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.CIFAR100, "url", f"{web[1]}/nowhere.tar.gz")
+    with pytest.raises(OSError, match=r"--download: cifar100 cannot be fetched") as error:
+        sources.load("cifar100", download=True)
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        ValueError, match="--download: tiny-imagenet cannot be; expected one of food101"
+    ):
+        sources.load("tiny-imagenet", download=True)
+
+
+def test_a_folder_of_very_many_folders_is_not_searched(tmp_path):
+    for i in range(101):
+        (tmp_path / "many" / f"{i}").mkdir(parents=True)
+    trees.cifar100(tmp_path / "many" / "0")
+    with pytest.raises(FileNotFoundError):
+        sources.load("cifar100", str(tmp_path))
+    shutil.rmtree(tmp_path / "many" / "100")
+    assert len(sources.load("cifar100", str(tmp_path)).classes) == 100
