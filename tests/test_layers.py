@@ -178,7 +178,8 @@ def test_module_dropout_leaves_the_whole_update_out_but_keeps_its_gradient(kind)
             torch.testing.assert_close(out, full, rtol=0, atol=1e-12)
     assert 70 < left_out < 130  # 100 +- 8.7 expected
     layer.eval()
-    torch.testing.assert_close(layer(x), full, rtol=0, atol=1e-12)
+    for _ in range(40):
+        torch.testing.assert_close(layer(x), full, rtol=0, atol=1e-12)
 
 
 @every_kind

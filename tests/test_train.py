@@ -204,8 +204,10 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
         return next(accuracies)
 
     monkeypatch.setattr(train, "evaluate", judged)
-    result = train.train(train.Config(out=str(tmp_path / "run"), **{**QUICK, "epochs": 3}))
+    run = train.prepare(train.Config(out=str(tmp_path / "run"), **{**QUICK, "epochs": 3}))
+    result = train.fit(run)
     assert (result["val_accuracy"], result["best_epoch"]) == (0.8, 2)
+    assert torch.equal(run.model.heads.head.weight, states[1]["model.heads.head.weight"])
     kept, _ = checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
     head = kept.heads.head.weight
     assert torch.equal(head, states[1]["model.heads.head.weight"])
@@ -250,10 +252,11 @@ def test_mixed_precision_computes_in_it_and_trains_float32_tensors(
 
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
     run = train.prepare(train.Config(amp=amp, out=str(tmp_path / "run"), **QUICK))
-    logits = {True: set(), False: set()}
-    run.model.register_forward_hook(lambda model, _, out: logits[model.training].add(out.dtype))
+    logits = {True: [], False: []}
+    run.model.register_forward_hook(lambda model, _, out: logits[model.training].append(out.dtype))
     result = train.fit(run)
-    assert logits[True] == {dtype} and dtype in logits[False]
+    assert logits[True] == [dtype] * 6, "three steps of two epochs, and none of them in eval mode"
+    assert logits[False][:6] == [dtype] * 6
     assert scaled == [amp == "fp16"]
     tensors, _ = checkpoint.read_adapter(tmp_path / "run" / "adapter.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
