@@ -236,7 +236,8 @@ def test_fashion_mnist_is_read_from_its_idx_files(gzipped, tmp_path):
 
 
 def test_folders_that_may_not_be_read_are_passed_over(tiny, tmp_path, monkeypatch):
-    (tmp_path / "tiny-imagenet-200").symlink_to(tiny)
+    (tmp_path / "deeper").mkdir()  # the private folder is met before the data
+    (tmp_path / "deeper" / "tiny-imagenet-200").symlink_to(tiny)
     (tmp_path / "private").mkdir()
     scandir = os.scandir
 
