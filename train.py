@@ -51,7 +51,9 @@ class Config:
     min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: none")
     flip: bool = option(True, "mirror training images at random")
     model: str = option("vit_b_16", "trunk", tuple(vit.MODELS))
-    weights: str = option("imagenet1k", "imagenet1k, swag, embedded, none or a file")
+    weights: str = option(
+        "imagenet1k", "imagenet1k, swag, in21k, embedded, none, a file or a folder"
+    )
     image_size: int | None = option(None, "pixels of a side (default: the trunk's own)")
     adapter: str = option("lora", "what trains", checkpoint.METHODS)
     rank: int = option(4, "inner dimension of the adapters")
@@ -175,6 +177,7 @@ def prepare(config: Config) -> Run:
         "weights": named(config.weights),
         "seed": config.seed,
         "trunk": checkpoint.fingerprint(model),
+        "eps": model.encoder.ln.eps,
         "classes": dataset.classes,
         "preprocessing": preprocessing,
     }
@@ -412,7 +415,7 @@ def check(config: Config) -> None:
         if not holds:
             name, allowed = rule.split(" ", 1)
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected {allowed}")
-    if config.weights not in vit.NAMES and not Path(config.weights).is_file():
+    if config.weights not in vit.NAMES and not Path(config.weights).exists():
         raise ValueError(
             f"--weights {config.weights}: no such file, and no such name; expected "
             f"{', '.join(vit.NAMES)} or a file"
