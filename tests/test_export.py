@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import torchvision
+from adapters import CASES, CLASSES, write_adapter
 from hf import hf_vit
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -23,35 +24,8 @@ import export
 import vit
 from lora import LoRALinear, replace_linear
 
-CLASSES = ["beignets", "crème brûlée", "a, b"]
-CASES = {
-    "lora": {"rank": 3, "alpha": 5.0, "targets": "query,value"},
-    "lora-bias": {"rank": 4, "alpha": 6.0, "targets": "query,mlp.3", "bias": "adapter"},
-    "loha": {"rank": 2, "alpha": 5.0, "targets": "all"},
-    "loha-bias": {"rank": 2, "alpha": 5.0, "targets": "out", "bias": "all"},
-    "lokr": {"rank": 2, "alpha": 5.0, "targets": "all"},
-    "lokr-whole": {"rank": 30, "alpha": 7.0, "targets": "key,mlp.0"},
-    "lokr-both": {"rank": 2, "alpha": 5.0, "factor": 8, "decompose_both": True, "targets": "mlp.3"},
-}
 every_case = pytest.mark.parametrize("case", CASES)
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
-
-
-def adapter(path, case, weights="embedded", model="vit_mini"):
-    """Write an adapter file with random tensors; return its model."""
-    settings = {"rank": 4, "alpha": 32.0, "targets": "all", "bias": "none", "factor": -1}
-    settings |= {"decompose_both": False, "adapter": case.split("-")[0], **CASES.get(case, {})}
-    built, preprocessing = vit.build(model, weights, len(CLASSES))
-    checkpoint.adapt(built, **settings)
-    trunk = checkpoint.fingerprint(built)
-    generator = torch.Generator().manual_seed(3)
-    for p in built.parameters():
-        if p.requires_grad:
-            p.data += 0.15 * torch.randn(p.shape, generator=generator)
-    info = {**settings, "model": model, "weights": weights, "seed": 0, "trunk": trunk}
-    info |= {"eps": built.encoder.ln.eps, "classes": CLASSES, "preprocessing": preprocessing}
-    checkpoint.save_adapter(path, built, info)
-    return built.eval()
 
 
 def opened(folder, base=None):
@@ -90,7 +64,7 @@ def drop(part):
 @every_case
 def test_a_folder_opens_in_peft_with_our_logits(case, tmp_path):
     with torch.no_grad():
-        logits = adapter(tmp_path / "a.safetensors", case)(IMAGES)
+        logits = write_adapter(tmp_path / "a.safetensors", case)(IMAGES)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     theirs = opened(tmp_path / "folder")
     with torch.no_grad():
@@ -114,7 +88,7 @@ def test_a_folder_opens_in_peft_with_our_logits(case, tmp_path):
 
 
 def test_prediction_in_the_way_of_peft_s_documentation(tmp_path):
-    model = adapter(tmp_path / "a.safetensors", "lokr")
+    model = write_adapter(tmp_path / "a.safetensors", "lokr")
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     write_image(tmp_path / "image.jpg", 3, 1, (60, 84))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "folder")
@@ -133,7 +107,7 @@ def test_prediction_in_the_way_of_peft_s_documentation(tmp_path):
 def test_a_trunk_of_hugging_face_s_needs_no_copy(tmp_path):
     """eps and all: the model is the one that they have."""
     hf_vit(CLASSES).save_pretrained(tmp_path / "trunk")
-    model = adapter(tmp_path / "a.safetensors", "lora", str(tmp_path / "trunk"))
+    model = write_adapter(tmp_path / "a.safetensors", "lora", str(tmp_path / "trunk"))
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder", base=str(tmp_path / "trunk"))
     assert not (tmp_path / "folder" / "base").exists()
     with torch.no_grad():
@@ -178,7 +152,7 @@ def old_tree(model) -> nn.Module:
 
 @every_case
 def test_older_transformers_find_every_layer_and_no_other(case, tmp_path):
-    model = adapter(tmp_path / "a.safetensors", case)
+    model = write_adapter(tmp_path / "a.safetensors", case)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     theirs = peft.PeftModel.from_pretrained(old_tree(hf_vit(CLASSES)), tmp_path / "folder")
     names = export.hf_names("vit_mini", "hf")
@@ -201,7 +175,7 @@ def test_older_transformers_find_every_layer_and_no_other(case, tmp_path):
 
 @every_case
 def test_there_and_back_keeps_every_tensor_bit_for_bit(case, tmp_path):
-    adapter(tmp_path / "a.safetensors", case)
+    write_adapter(tmp_path / "a.safetensors", case)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     export.from_peft(tmp_path / "folder", tmp_path / "b.safetensors")
     (a, told), (b, told_back) = (
@@ -375,7 +349,7 @@ def test_a_hostile_bin_is_refused_and_an_honest_one_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("case", [*CASES, "head", "full"])
 def test_stock_torchvision_loads_the_merged_model_strictly(case, suffix, tmp_path):
-    model = adapter(tmp_path / "a.safetensors", case)
+    model = write_adapter(tmp_path / "a.safetensors", case)
     file = tmp_path / f"merged.{suffix}"
     expression = export.to_torchvision(tmp_path / "a.safetensors", file)
     stock = eval(expression, {"torchvision": torchvision}).eval()
@@ -404,7 +378,7 @@ def test_vit_b_16_and_its_eps_in_torchvision(tmp_path):
     info["trunk"] = checkpoint.fingerprint(trunk)
     info["preprocessing"] = {**vit.HALF, "image_size": 224}
     checkpoint.save_adapter(tmp_path / "trunk.safetensors", trunk, info)
-    model = adapter(
+    model = write_adapter(
         tmp_path / "a.safetensors", "lora", str(tmp_path / "trunk.safetensors"), "vit_b_16"
     )
     assert model.encoder.ln.eps == 1e-12
@@ -464,8 +438,8 @@ def test_models_that_peft_cannot_hold_are_refused(tmp_path):
 )
 def test_a_mistake_is_one_line_and_status_2(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    adapter("a.safetensors", "lora")
-    adapter("head.safetensors", "head")
+    write_adapter("a.safetensors", "lora")
+    write_adapter("head.safetensors", "head")
     export.to_peft("a.safetensors", "there")
     assert export.main(flags.split()) == 2
     error = capsys.readouterr().err.strip()
@@ -473,7 +447,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, tmp_path, monkeypatc
 
 
 def test_the_command_line_there_and_back(run_script, tmp_path):
-    adapter(tmp_path / "a.safetensors", "lokr")
+    write_adapter(tmp_path / "a.safetensors", "lokr")
     for flags in ("a.safetensors --to peft folder", "b.safetensors --from peft folder"):
         process = run_script("export.py", *flags.split())
         assert process.returncode == 0, process.stderr
