@@ -4,6 +4,7 @@ import re
 import shlex
 
 from conftest import ROOT
+from sdxl import toy_sdxl
 from trees import tiny_imagenet, write_image
 
 import train
@@ -35,12 +36,15 @@ def test_every_training_command_gets_as_far_as_the_first_step(tmp_path, monkeypa
 
 def test_python_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    toy_sdxl(tmp_path / "stabilityai" / "stable-diffusion-xl-base-1.0")
     names = {}
     for snippet in PYTHON:
         snippet = snippet.replace("rank=8)", "rank=8, limit=20, epochs=1)")
         snippet = snippet.replace('weights="IMAGENET1K_V1"', "weights=None")
         exec(snippet, names)
     assert names["info"]["classes"][0] == "zero"
+    assert (tmp_path / "style" / "text_encoder_one" / "adapter_config.json").is_file()
+    assert type(names["unet"]).__name__ == "PeftModel"
     assert names["trainable"] == 12 * 2 * 8 * (768 + 768) + 768 * 1000 + 1000
     assert type(names["model"].encoder.layers[0].self_attention).__name__ == "MultiheadAttention"
 
