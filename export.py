@@ -418,24 +418,27 @@ def from_peft(
         raise ValueError(f"{path}: exists already; name another file or remove it")
     folder = Path(folder)
     name, layers, settings, tensors = read_vit(folder)
-    layout = "hf5" if any(key.startswith("vit.layers.") for key in tensors) else "hf"
     info = {"model": name, "weights": weights or weights_of(folder), "seed": 0}
     info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
     known = our_preprocessing(folder)
     size = known.get("image_size")
     model, preprocessing = vit.build(name, info["weights"], len(info["classes"]), size)
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    others = [n for n, _ in model.named_modules() if n not in layers]
-    whole = set(layers) == set(linear) - {"heads.head"}
-    settings["targets"] = "all" if whole else ",".join(endings(layers, others))
     settings = {"factor": -1, "decompose_both": False, **settings}
+    settings["targets"] = targets_of(model, layers)
     checkpoint.adapt(model, **settings)
-    names = hf_names(name, layout)
+    names = names_in(tensors, name)
     fill({renamed(key, names): p for key, p in expected(model).items()}, tensors, folder)
     info |= {**settings, "trunk": checkpoint.fingerprint(model), "eps": model.encoder.ln.eps}
     info["preprocessing"] = {**preprocessing, **known}
     checkpoint.save_adapter(path, model, info)
     return info
+
+
+def targets_of(model: nn.Module, layers: list[str]) -> str:
+    """The targets of checkpoint.adapt that mean just these layers of a ViT without adapters."""
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    others = [name for name, _ in model.named_modules() if name not in layers]
+    return "all" if set(layers) == linear - {"heads.head"} else ",".join(endings(layers, others))
 
 
 def read_vit(folder: Path) -> tuple[str, list[str], dict, dict[str, torch.Tensor]]:
@@ -458,17 +461,69 @@ def read_vit(folder: Path) -> tuple[str, list[str], dict, dict[str, torch.Tensor
         )
     name = widths[head.shape[1]]
     ours = {hf: n for layout in ("hf", "hf5") for n, hf in hf_names(name, layout).items()}
-    newer = hf_names(name, "hf5" if any(k.startswith("vit.layers.") for k in tensors) else "hf")
+    names = names_in(tensors, name)
     kept = {}
     for key, tensor in tensors.items():
         if (our := renamed(key, ours)) is None:
             raise ValueError(f"{folder}: {PREFIX}{key}: expected a tensor of a ViT, found this one")
-        same = kept.setdefault(renamed(our, newer), tensor)
+        same = kept.setdefault(renamed(our, names), tensor)
         if not torch.equal(same, tensor):
             raise ValueError(
                 f"{folder}: {PREFIX}{key}: expected the tensor that stands under the layer's other name"
             )
     return name, [renamed(layer, ours) for layer in layers_of(kept)], settings, kept
+
+
+def names_in(tensors: dict, model: str) -> dict[str, str]:
+    """hf_names of the layout that these tensors have; of the newer one if they have both."""
+    return hf_names(model, "hf5" if any(key.startswith("vit.layers.") for key in tensors) else "hf")
+
+
+def start_settings(path: str | Path) -> dict:
+    """What train.Config takes from the adapter file or PEFT folder that a run starts from."""
+    if not Path(path).is_dir():
+        _, info = checkpoint.read_adapter(path)
+        size = info["preprocessing"]["image_size"]
+        keys = (*checkpoint.ADAPT, "model", "weights")
+        return {**{key: info[key] for key in keys}, "image_size": size}
+    name, layers, settings, _ = read_vit(Path(path))
+    with torch.device("meta"):
+        bare, _ = vit.build(name, "none")
+    settings["targets"] = targets_of(bare, layers)
+    try:
+        weights = weights_of(Path(path))
+    except (
+        ValueError
+    ):  # a name of a model that is not here: train says so, unless it is given another
+        weights = str(vit.read_json(Path(path) / CONFIG).get("base_model_name_or_path"))
+    size = our_preprocessing(Path(path)).get("image_size")
+    return {**settings, "model": name, "weights": weights, "image_size": size}
+
+
+def start(model: nn.Module, path: str | Path, classes: list[str]) -> str:
+    """Copy an adapter file or PEFT folder into a model that was adapted alike; say what was done.
+
+    The head is copied if it is for these classes (by number, where a folder has no names), else left fresh.
+    Raises OSError or ValueError, naming file and key, for what does not fit.
+    """
+    folder = Path(path) if Path(path).is_dir() else None
+    if folder:
+        name, _, _, tensors = read_vit(folder)
+        names, head = names_in(tensors, name), "classifier."
+        own = {renamed(key, names): p for key, p in expected(model).items()}
+        known = labels_in(folder)
+        same = known == classes if known else len(tensors["classifier.weight"]) == len(classes)
+    else:
+        tensors, info = checkpoint.read_adapter(path)
+        own, head = dict(model.named_parameters()), "heads.head."
+        same = info["classes"] == classes
+    if not same:
+        tensors = {k: own.get(k, t) if k.startswith(head) else t for k, t in tensors.items()}
+    if folder:
+        fill(own, tensors, folder)
+    else:
+        checkpoint.copy_tensors(model, tensors, info, path)
+    return f"start: {path}, " + ("its head too" if same else "a fresh head: other classes")
 
 
 def weights_of(folder: Path) -> str:
@@ -493,15 +548,20 @@ def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
         text = file.read_text("utf-8").strip().split("\n") if file.is_file() else classes.split(",")
         names = [name.strip() for name in text]
     else:
-        labels = optional_json(folder / "config.json").get("id2label") or {}
-        labels = optional_json(folder / LABELS) or labels
-        names = [labels[key] for key in sorted(labels, key=int)]
+        names = labels_in(folder)
     if len(names) != n:
         raise ValueError(
             f"{folder}: expected the names of its {n} classes, found {len(names)}; name them with --classes "
             "(with commas, or a file with one on each line, in the order of training)"
         )
     return names
+
+
+def labels_in(folder: Path) -> list[str]:
+    """The class names that a folder holds, in order; none in one that PEFT wrote."""
+    labels = optional_json(folder / "config.json").get("id2label") or {}
+    labels = optional_json(folder / LABELS) or labels
+    return [labels[key] for key in sorted(labels, key=int)]
 
 
 def optional_json(path: Path) -> dict:

@@ -3,6 +3,7 @@
     python train.py                                   # the embedded demo, about a minute on two cores
     python train.py --adapter lokr --rank 8           # any field of Config is a flag
     python train.py --recipe tiny-imagenet-lora       # ViT-B/16 and Tiny-ImageNet, best on a GPU
+    python train.py --init-adapter runs/x/adapter.safetensors      # on from an adapter, or a PEFT folder
 
 or, in a notebook, the same with
 
@@ -30,6 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import data
+import export
 import pictures
 import vit
 
@@ -65,6 +67,9 @@ class Config:
     head_dropout: float = option(0.0, "dropout before the head")
     adapter_dropout: float = option(0.0, "dropout of each adapter's input")
     module_dropout: float = option(0.0, "probability that an adapter does nothing in a forward")
+    init_adapter: str | None = option(
+        None, "adapter file or PEFT folder to start from; settles trunk and adapter unless given"
+    )
     epochs: int = option(5, "passes through the training split")
     batch_size: int = option(64, "images to a forward and backward")
     grad_accum: int = option(1, "batches to a step of the optimizer")
@@ -82,10 +87,13 @@ class Config:
     def __post_init__(self):
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
+        settings = dict(RECIPES[self.recipe])
+        if self.init_adapter:
+            settings |= export.start_settings(self.init_adapter)
         for f in fields(self):
             value = getattr(self, f.name)
             if value is None:
-                value = RECIPES[self.recipe].get(f.name, f.metadata.get("default"))
+                value = settings.get(f.name, f.metadata.get("default"))
             elif isinstance(value, Path):
                 value = str(value)
             elif kind_of(f) in (int, float):  # NumPy's numbers too, which JSON does not take
@@ -169,6 +177,8 @@ def prepare(config: Config) -> Run:
         model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
     )
     check_rank(config, model)
+    if c.init_adapter:
+        print(export.start(model, c.init_adapter, dataset.classes))
     for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
         data.keep_small(split, c.workers)
     info = {

@@ -55,11 +55,11 @@ CASES = {
 }
 
 
-def write_adapter(path, case, weights="embedded", model="vit_mini"):
+def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLASSES):
     """Write an adapter file with random tensors; return its model."""
     settings = {"rank": 4, "alpha": 32.0, "targets": "all", "bias": "none", "factor": -1}
     settings |= {"decompose_both": False, "adapter": case.split("-")[0], **CASES.get(case, {})}
-    built, preprocessing = vit.build(model, weights, len(CLASSES))
+    built, preprocessing = vit.build(model, weights, len(classes))
     checkpoint.adapt(built, **settings)
     trunk = checkpoint.fingerprint(built)
     generator = torch.Generator().manual_seed(3)
@@ -67,6 +67,6 @@ def write_adapter(path, case, weights="embedded", model="vit_mini"):
         if p.requires_grad:
             p.data += 0.15 * torch.randn(p.shape, generator=generator)
     info = {**settings, "model": model, "weights": weights, "seed": 0, "trunk": trunk}
-    info |= {"eps": built.encoder.ln.eps, "classes": CLASSES, "preprocessing": preprocessing}
+    info |= {"eps": built.encoder.ln.eps, "classes": classes, "preprocessing": preprocessing}
     checkpoint.save_adapter(path, built, info)
     return built.eval()
