@@ -3,7 +3,8 @@
 adapter.safetensors holds the tensors that were trained (adapter, head, biases; with --adapter full
 the whole model) under their names in the model. Its metadata, all strings, say the rest: adapter,
 rank, alpha, targets and the other arguments of adapt; model and weights, the arguments of vit.build;
-trunk, a hash of the frozen tensors; classes and preprocessing. All but TEXTS are written as JSON.
+trunk, a hash of the frozen tensors; eps, of its LayerNorms; classes and preprocessing. All but TEXTS are
+written as JSON.
 
     model, info = load_adapter("runs/x/adapter.safetensors")      # in eval mode
 """
@@ -167,7 +168,10 @@ def load_adapter(
     weights = weights or ("none" if info["adapter"] == "full" else info["weights"])
     size, seed = info["preprocessing"]["image_size"], info["seed"]
     try:
-        model, _ = vit.build(info["model"], weights, len(info["classes"]), size, seed=seed)
+        # eps is the trunk's, but with --adapter full there is none to say so
+        model, _ = vit.build(
+            info["model"], weights, len(info["classes"]), size, seed=seed, eps=info.get("eps")
+        )
         adapt(model, **{key: info[key] for key in ADAPT})
     except (ValueError, OSError) as error:
         raise type(error)(f"{path}: {error}") from None

@@ -110,7 +110,9 @@ class Crops(TorchDataset):
     """A crop of an image for each (row, draws): five numbers in 0..1 for its area, ratio, horizontal
     and vertical place and flip, or None for the centre. Runs in worker processes."""
 
-    def __init__(self, split: Split, preprocessing: dict, min_crop: float, flip: bool):
+    def __init__(
+        self, split: Split, preprocessing: dict, min_crop: float = 1.0, flip: bool = False
+    ):
         self.split, self.min_crop, self.flip = split, min_crop, flip
         self.size, self.centre = preprocessing["image_size"], preprocessing["crop"]
         mean, std = (255 * torch.tensor(preprocessing[key]) for key in ("mean", "std"))
@@ -316,16 +318,23 @@ def mark_bad(split: Split, row: int, reason: str) -> None:
 
 
 class Kept:
-    """Decoded images of many sizes, one behind the other in one file: kept[row] is uint8 (H, W, 3)."""
+    """Decoded images of many sizes, one behind the other in one file: kept[row] is uint8 (H, W, 3), and
+    kept[rows] those images alone."""
 
-    def __init__(self, source: Path | np.ndarray, sizes: np.ndarray):
-        self.source, self.sizes, self.bytes = source, sizes, None
-        self.starts = np.concatenate([[0], np.cumsum(sizes.prod(1) * 3)])
+    def __init__(
+        self, source: Path | np.ndarray, sizes: np.ndarray, starts: np.ndarray | None = None
+    ):
+        self.source, self.sizes, self.bytes = source, sizes, None  # (N, 2): height, width
+        lengths = sizes.prod(1) * 3
+        self.starts = np.cumsum(lengths) - lengths if starts is None else starts
 
-    def __getitem__(self, row: int) -> np.ndarray:
+    def __getitem__(self, row):
+        if isinstance(row, np.ndarray):
+            return Kept(self.source, self.sizes[row], self.starts[row])
         if self.bytes is None:  # each process opens the file itself
             self.bytes = opened_bytes(self.source)
-        return self.bytes[self.starts[row] : self.starts[row + 1]].reshape(*self.sizes[row], 3)
+        start, (high, wide) = self.starts[row], self.sizes[row]
+        return self.bytes[start : start + 3 * high * wide].reshape(high, wide, 3)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "bytes": None}

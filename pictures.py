@@ -52,26 +52,34 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
 def plot_predictions(
     images: torch.Tensor,
     logits: torch.Tensor,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     classes: list[str],
     path: Path,
     title: str,
+    notes: list[str] | None = None,
 ) -> None:
-    """Images (N, 3, H, W) in 0..1 with the predicted class; where it is wrong, the true one too."""
+    """Images (N, 3, H, W) in 0..1 with the predicted class; where it is wrong, the true one too.
+
+    labels: (N,) the true classes, None if nobody knows them.
+    notes: a line more for each image, such as the name of its file.
+    """
     columns = min(8, len(images))
     rows = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.35 * columns, 1.6 * rows + 0.4), layout="constrained")
+    width = max(1.35 * columns, 4)  # inches; a narrower figure would cut its title off
+    figure = Figure(figsize=(width, 1.6 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     probabilities = logits.softmax(-1)
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, image, p, label in zip(grid.flat, images, probabilities, labels, strict=False):
+    for i, (axes, image, p) in enumerate(zip(grid.flat, images, probabilities, strict=False)):
         axes.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy())
         guess = int(p.argmax())
         text = f"{shorten(classes[guess])} {100 * p[guess]:.0f} %"
-        right = guess == int(label)
+        right = labels is None or guess == int(labels[i])
         if not right:
-            text += f"\nis {shorten(classes[label])}"
+            text += f"\nis {shorten(classes[labels[i]])}"
+        if notes:
+            text += f"\n{shorten(notes[i], 18)}"
         axes.set_title(
             text,
             fontsize=8,

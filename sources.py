@@ -48,6 +48,7 @@ class Split:
             self.labels[rows],
             None if self.files is None else [self.files[row] for row in rows],
             None if self.pixels is None else self.pixels[rows],
+            {i: self.bad[row] for i, row in enumerate(rows.tolist()) if row in self.bad},
         )
 
 

@@ -1,10 +1,12 @@
-"""The adapters under test, in every form, and how to fill them with numbers that hide no mistake."""
+"""The adapters under test, as layers and as files, filled with numbers that hide no mistake."""
 
 from functools import partial
 
 import torch
 from torch import nn
 
+import checkpoint
+import vit
 from loha import LoHaLinear
 from lokr import LoKrLinear
 from lora import LoRALinear
@@ -39,3 +41,32 @@ def make(form: str, dtype=torch.float64, bias: bool = True, **more) -> nn.Module
     torch.manual_seed(1)
     linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
     return randomise(FORMS[form](linear, **more))
+
+
+CLASSES = ["beignets", "crème brûlée", "a, b"]
+CASES = {
+    "lora": {"rank": 3, "alpha": 5.0, "targets": "query,value"},
+    "lora-bias": {"rank": 4, "alpha": 6.0, "targets": "query,mlp.3", "bias": "adapter"},
+    "loha": {"rank": 2, "alpha": 5.0, "targets": "all"},
+    "loha-bias": {"rank": 2, "alpha": 5.0, "targets": "out", "bias": "all"},
+    "lokr": {"rank": 2, "alpha": 5.0, "targets": "all"},
+    "lokr-whole": {"rank": 30, "alpha": 7.0, "targets": "key,mlp.0"},
+    "lokr-both": {"rank": 2, "alpha": 5.0, "factor": 8, "decompose_both": True, "targets": "mlp.3"},
+}
+
+
+def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLASSES):
+    """Write an adapter file with random tensors; return its model."""
+    settings = {"rank": 4, "alpha": 32.0, "targets": "all", "bias": "none", "factor": -1}
+    settings |= {"decompose_both": False, "adapter": case.split("-")[0], **CASES.get(case, {})}
+    built, preprocessing = vit.build(model, weights, len(classes))
+    checkpoint.adapt(built, **settings)
+    trunk = checkpoint.fingerprint(built)
+    generator = torch.Generator().manual_seed(3)
+    for p in built.parameters():
+        if p.requires_grad:
+            p.data += 0.15 * torch.randn(p.shape, generator=generator)
+    info = {**settings, "model": model, "weights": weights, "seed": 0, "trunk": trunk}
+    info |= {"eps": built.encoder.ln.eps, "classes": classes, "preprocessing": preprocessing}
+    checkpoint.save_adapter(path, built, info)
+    return built.eval()

@@ -214,6 +214,8 @@ def test_a_broken_file_is_replaced_by_the_next_and_named_once(cache, tmp_path, c
     assert torch.equal(evaluated[2], evaluated[4]) and torch.equal(evaluated[3], evaluated[4])
     assert torch.equal(evaluated[6], evaluated[7]) and not torch.equal(evaluated[7], evaluated[8])
     assert labels.tolist() == [0] * 10 + [1] * 10
+    some, _ = all_of(reference.rows(np.array([4, 6, 7])))
+    assert torch.equal(some[0], evaluated[4]) and torch.equal(some[1], some[2])
     for workers in (1, 2):
         other = split()
         data.keep(other, tmp_path / "cache", 28, cache)
@@ -312,6 +314,8 @@ def test_small_images_of_many_sizes_and_a_large_one_among_them(tmp_path):
     ]
     loaded = pickle.loads(pickle.dumps(split.pixels))  # as a worker process that is spawned gets it
     assert np.array_equal(loaded[1], split.pixels[1])
+    some = split.rows(np.array([2, 0]))
+    assert np.array_equal(some.pixels[0], split.pixels[2]) and len(some) == 2
     write_image(tmp_path / "3.png", 3, 3, (300, 200))
     mixed = split_of(*sorted(tmp_path.glob("*.png")))
     for workers in (0, 2):

@@ -17,7 +17,7 @@ from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
-from trees import pets, tiny_imagenet
+from trees import food101, pets, tiny_imagenet
 
 import checkpoint
 import data
@@ -117,6 +117,43 @@ def test_tiny_imagenet_recipe_at_full_size(run_script, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     wanted = {"rank": 4, "alpha": 32, "lr": 1e-3, "weight_decay": 0.03, "head_dropout": 0.1}
     assert {key: config[key] for key in wanted} == wanted
+
+
+SLICE = ["beignets", "bruschetta", "chicken_wings", "hamburger", "pork_chop", "prime_rib", "ramen"]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "trainable"), [("lora", 667_493), ("loha", 1_257_317), ("lokr", 116_069)]
+)
+def test_food101_recipes(adapter, trainable, tmp_path, capsys):
+    """ViT-B/16 and 101 classes; only the weights are random, and the images and batches smaller."""
+    others = [f"dish_{i}" for i in range(94)]
+    counts = (10, 1) if adapter == "lora" else (1, 1)
+    food101(tmp_path / "data", SLICE + others, train=counts[0], test=counts[1])
+    flags = f"--recipe food101-{adapter} --weights none --image-size 32 --batch-size 8 --amp off"
+    flags += f" --epochs 1 --workers 0 --data-dir {tmp_path}/data --out {tmp_path}/run"
+    flags += "" if adapter == "lora" else " --limit 16"
+    assert train.main(flags.split()) == 0
+    said = capsys.readouterr().out
+    assert f"{adapter}: {trainable:,} of" in said
+    assert (
+        f"on {63 if adapter == 'lora' else 16} images" in said
+    )  # nine of ten of the seven classes
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    wanted = {"rank": 16, "alpha": 16, "lr": 5e-3, "grad_accum": 4, "targets": "query,value"}
+    assert {key: config[key] for key in wanted} == wanted
+    recipe = train.Config(recipe=f"food101-{adapter}")
+    assert (recipe.weights, recipe.batch_size, recipe.epochs, recipe.amp) == (
+        "in21k",
+        128,
+        5,
+        "fp16",
+    )
+    assert (recipe.adapter_dropout, recipe.module_dropout) == (
+        (0.1, 0) if adapter == "lora" else (0, 0.1)
+    )
+    _, info = checkpoint.read_adapter(tmp_path / "run" / "adapter.safetensors")
+    assert len(info["classes"]) == 101 and info["classes"][0] == "beignets"
 
 
 @pytest.mark.parametrize("adapter", checkpoint.METHODS)

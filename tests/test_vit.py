@@ -163,7 +163,7 @@ def test_files_that_hold_no_tensors_are_refused(tmp_path):
     torch.save({"model": {"weight": torch.ones(1)}}, tmp_path / "nested.pth")
     with pytest.raises(ValueError, match=r"nested\.pth: model: expected a tensor, found dict"):
         vit.build("vit_mini", str(tmp_path / "nested.pth"))
-    with pytest.raises(FileNotFoundError, match="imagenet1k, swag, embedded, none"):
+    with pytest.raises(FileNotFoundError, match="imagenet1k, swag, in21k, embedded, none"):
         vit.build("vit_mini", "imagenet2k")
 
 

@@ -55,14 +55,16 @@ def tiny_imagenet(root: Path, classes: int = 200, images: int = 10) -> Path:
     return root
 
 
-def food101(root: Path, classes=("beignets", "cheese_plate", "cheesecake"), kaggle=False) -> Path:
-    """torchvision's layout, or Kaggle's food41 with its meta in meta: 6 + 2 images a class."""
+def food101(
+    root: Path, classes=("beignets", "cheese_plate", "cheesecake"), kaggle=False, train=6, test=2
+) -> Path:
+    """torchvision's layout, or Kaggle's food41 with its meta in meta: so many images a class."""
     meta = root / "meta" / "meta" if kaggle else root / "meta"
     meta.mkdir(parents=True)
     lists = {"train": {}, "test": {}}
     for label, name in enumerate(classes):
-        ids = [f"{name}/{1000 * label + i}" for i in range(8)]
-        lists["train"][name], lists["test"][name] = ids[:6], ids[6:]
+        ids = [f"{name}/{1000 * label + i}" for i in range(train + test)]
+        lists["train"][name], lists["test"][name] = ids[:train], ids[train:]
         for i, image in enumerate(ids):
             write_image(root / "images" / f"{image}.jpg", label, i, (128, 96))
     for part, listed in lists.items():

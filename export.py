@@ -1,0 +1,659 @@
+"""Adapters travel: PEFT's folders out and in, and merged weights for stock torchvision.
+
+    python export.py runs/x/adapter.safetensors --to peft FOLDER          # opens with PeftModel
+    python export.py runs/x/adapter.safetensors --to torchvision FILE     # plain torchvision, merged
+    python export.py mine.safetensors --from peft FOLDER                  # one that PEFT trained, too
+
+and, for any PyTorch model with adapters of lora.py, loha.py or lokr.py in it,
+
+    save_peft(unet, "folder")
+    load_peft(unet, "folder")
+
+A PEFT folder is adapter_config.json and adapter_model.safetensors. PEFT finds a layer by its name, and
+transformers 5 has other names for a ViT's layers than older versions. So a ViT's folder holds each
+tensor under both, and PEFT takes those that it finds.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+import checkpoint
+import vit
+from checkpoint import ADAPTERS
+from lokr import factorization
+from lora import mark_trainable, merge, replace_linear
+
+CONFIG = "adapter_config.json"
+LABELS = "id2label.json"  # not config.json: transformers would take the folder for a whole model
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."  # before every key of PEFT's
+BIASES = {"none": "none", "all": "all", "adapter": "lora_only"}  # ours: PEFT's
+
+# What of adapter_config.json changes nothing in what the tensors mean: it tells of the start or the course
+# of training, or what the tensors' names tell. Any other key that is set makes it a variant.
+HARMLESS = """
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r alpha
+    lora_alpha bias target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
+    lora_dropout rank_dropout rank_dropout_scale module_dropout init_weights init_lora_weights
+    decompose_both decompose_factor use_effective_conv2d megatron_core qalora_group_size runtime_config
+""".split()
+STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    "lycoris",
+)  # that leave the base's weights alone
+
+
+def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = "") -> None:
+    """Write the adapters of any model, its head and the biases that train as a PEFT folder.
+
+    head: the part of a name that marks what is saved whole, as in mark_trainable; "" for a model without.
+    base: base_model_name_or_path, for readers of the folder who ask it where the model came from.
+
+    Raises ValueError if there is no adapter, if they differ in kind, rank or scale, if a parameter trains
+    for which PEFT has no place, or if the folder holds an adapter already.
+    """
+    tensors, adapters = trained(model, head)
+    inner = {f"{name}.linear" for name in adapters}
+    others = [name for name, _ in model.named_modules() if name not in inner | set(adapters)]
+    heads = sorted({key.rpartition(".")[0] for key in tensors if head and head in key})
+    settings = {**settings_of(adapters), "bias": bias_of(tensors, heads)}
+    write_peft(Path(folder), settings, endings(list(adapters), others), heads, tensors, base)
+
+
+def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]:
+    """Wrap the layers of any model that a PEFT folder names and load its tensors; return their names.
+
+    head: as in mark_trainable; the folder must hold it whole.
+    Raises OSError or ValueError, naming file and key, for what is missing, a variant or does not fit.
+    """
+    settings, tensors = read_peft(folder)
+    layers = layers_of(tensors)
+    others = [name for name, _ in model.named_modules() if name not in layers]
+    bias, wrap = settings.pop("bias"), ADAPTERS[settings.pop("adapter")]
+    replace_linear(model, partial(wrap, **settings), endings(layers, others), head)
+    mark_trainable(model, head, bias)
+    fill(expected(model), tensors, folder)
+    return layers
+
+
+def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[str, nn.Module]]:
+    """What training changed, under PEFT's keys without PREFIX, and the adapters, by name."""
+    adapters = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
+    if not adapters:
+        raise ValueError("the model has no adapter: put some in with replace_linear")
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        module, _, last = name.rpartition(".")
+        is_head = bool(head) and head in name
+        if not (is_head or module in adapters or parameter.requires_grad):
+            continue
+        if not (is_head or module in adapters or last == "bias"):
+            raise ValueError(
+                f"{name} trains, and PEFT has no place for it: expected adapters, head and biases; "
+                "name the head, or call mark_trainable"
+            )
+        tensors[peft_key(name, adapters)] = parameter.detach().cpu().clone().contiguous()
+    return tensors, adapters
+
+
+def peft_key(name: str, adapters) -> str:
+    """PEFT's key, without PREFIX, of a parameter of ours."""
+    module, _, last = name.rpartition(".")
+    if module in adapters:
+        return f"{name}.weight" if last.startswith("lora_") else name  # its A and B are nn.Linear
+    owner = module.removesuffix(".linear")
+    return f"{owner}.base_layer.{last}" if owner != module and owner in adapters else name
+
+
+def settings_of(adapters: dict[str, nn.Module]) -> dict:
+    """The arguments of checkpoint.adapt that these adapters were made with."""
+    found = {(type(layer), layer.rank, layer.scale) for layer in adapters.values()}
+    if len(found) > 1:
+        shown = sorted(f"{kind.__name__} rank {rank} scale {s:g}" for kind, rank, s in found)
+        raise ValueError(f"expected adapters of one kind, rank and scale, found {', '.join(shown)}")
+    kind, rank, scale = found.pop()
+    alpha = round(scale * rank, 6)
+    alpha = alpha if alpha / rank == scale else scale * rank
+    settings = {"adapter": {v: k for k, v in ADAPTERS.items()}[kind], "rank": rank, "alpha": alpha}
+    if settings["adapter"] == "lokr":
+        settings["factor"] = factor_of(adapters.values())
+        settings["decompose_both"] = any(hasattr(a, "lokr_w1_a") for a in adapters.values())
+    return settings
+
+
+def factor_of(layers) -> int:
+    """The smallest factor with which factorization gives W1 the shape that it has in LoKr's layers."""
+    sides = set()  # (features, rows or columns of W1)
+    for layer in layers:
+        whole = hasattr(layer, "lokr_w1")
+        rows, columns = (layer.lokr_w1,) * 2 if whole else (layer.lokr_w1_a, layer.lokr_w1_b)
+        out_features, in_features = layer.linear.weight.shape
+        sides |= {(out_features, rows.shape[0]), (in_features, columns.shape[1])}
+    for factor in (-1, *range(1, 1 + max(features for features, _ in sides))):
+        if all(factorization(features, factor)[0] == side for features, side in sides):
+            return factor
+    raise ValueError(f"expected one factor for all LoKr layers, found W1 of {sorted(sides)}")
+
+
+def bias_of(tensors: dict, heads: list[str]) -> str:
+    """Which biases stand among the tensors, in mark_trainable's words."""
+    biases = [
+        key
+        for key in tensors
+        if key.endswith("bias") and not any(f".{key}".endswith(f".{head}.bias") for head in heads)
+    ]
+    if not biases:
+        return "none"
+    return "adapter" if all(key.endswith(".base_layer.bias") for key in biases) else "all"
+
+
+def endings(chosen: list[str], others: list[str]) -> list[str]:
+    """The shortest ends of the chosen names that no other name has: ["query", "value"].
+
+    Raises ValueError if the whole of a chosen name is the end of another.
+    """
+    taken = {end for name in others for end in ends(name)}
+    found = {}
+    for name in chosen:
+        free = [end for end in ends(name) if end not in taken]
+        if not free:
+            raise ValueError(
+                f"{name}: expected a name that ends no other layer's, found one that does"
+            )
+        # "0" alone would do for "mlp.0" in this model, and say nothing to a reader.
+        found[next((end for end in free if not end.split(".")[0].isdigit()), free[0])] = None
+    return list(found)
+
+
+def ends(name: str) -> list[str]:
+    """Every end of a dotted name, the shortest first."""
+    parts = name.split(".")
+    return [".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1)]
+
+
+def write_peft(
+    folder: Path, settings: dict, targets: list[str], heads: list[str], tensors: dict, base: str
+) -> None:
+    """Write the two files of a PEFT folder, the configuration last."""
+    if (folder / CONFIG).exists():
+        raise ValueError(f"{folder}: holds an adapter already; name another folder or remove it")
+    alpha = int(settings["alpha"]) if settings["alpha"] % 1 == 0 else settings["alpha"]
+    config = {
+        "peft_type": settings["adapter"].upper(),
+        "base_model_name_or_path": base or None,
+        "r": settings["rank"],
+        "lora_alpha" if settings["adapter"] == "lora" else "alpha": alpha,
+        "target_modules": targets,
+        "modules_to_save": heads or None,
+        "inference_mode": True,
+    }
+    if settings["adapter"] == "lora":
+        config["bias"] = BIASES[settings["bias"]]
+    if settings["adapter"] == "lokr":
+        config["decompose_factor"] = settings["factor"]
+        config["decompose_both"] = settings["decompose_both"]
+    folder.mkdir(parents=True, exist_ok=True)
+    with checkpoint.atomic(folder / FILES[0]) as temporary:
+        content = {PREFIX + key: tensor for key, tensor in tensors.items()}
+        temporary.write_bytes(save(content, {"format": "pt"}))
+    write_json(folder / CONFIG, config)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with checkpoint.atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The settings (arguments of checkpoint.adapt) of a PEFT folder and its tensors by key, without PREFIX.
+
+    Raises FileNotFoundError for a missing file, ValueError for a variant of LoRA, LoHa and LoKr that is
+    none of ours, naming the key that says so.
+    """
+    path = Path(folder) / CONFIG
+    file = next((path.with_name(name) for name in FILES if path.with_name(name).is_file()), None)
+    for there, names in ((path.is_file(), CONFIG), (file, " or ".join(FILES))):
+        if not there:
+            raise FileNotFoundError(f"{folder}: expected {names}, found no such file")
+    config = vit.read_json(path)
+    settings = peft_settings(config, path)
+    tensors, _ = vit.read_weights(file)
+    for key in tensors:
+        if not key.startswith(PREFIX):
+            raise ValueError(f"{file}: {key}: expected a key that begins with {PREFIX}")
+    tensors = {
+        key.removeprefix(PREFIX).replace(".modules_to_save.", "."): tensor
+        for key, tensor in tensors.items()
+        if ".original_module."
+        not in key  # with bias="all" PEFT adds the head's as it was at the start
+    }
+    if not layers_of(tensors):
+        raise ValueError(
+            f"{file}: expected factors of an adapter (lora_, hada_, lokr_), found none"
+        )
+    settings["bias"] = bias_of(tensors, config.get("modules_to_save") or [])
+    if config.get("bias", "none") != "none" and settings["bias"] == "none":
+        raise ValueError(
+            f"{path}: bias: {config['bias']!r}, but {file.name} holds no bias; the adapter is incomplete"
+        )
+    return settings, tensors
+
+
+def peft_settings(config: dict, path: Path) -> dict:
+    """The arguments of checkpoint.adapt that an adapter_config.json stands for."""
+    adapter = str(config.get("peft_type")).lower()
+    if adapter not in ADAPTERS:
+        kinds = ", ".join(kind.upper() for kind in ADAPTERS)
+        raise ValueError(
+            f"{path}: peft_type: expected one of {kinds}, found {config.get('peft_type')!r}"
+        )
+    for key, value in config.items():
+        if value and key not in HARMLESS:
+            raise ValueError(
+                f"{path}: {key}: expected none, found {value!r}; this variant of {adapter} is not supported"
+            )
+    start = config.get("init_lora_weights", True)
+    if start not in STARTS:
+        raise ValueError(
+            f"{path}: init_lora_weights: {start!r} changes the base model's weights too; convert it to "
+            "plain LoRA in PEFT first (path_initial_model_for_weight_conversion)"
+        )
+    alpha = "lora_alpha" if adapter == "lora" else "alpha"
+    for key, kinds in (("r", int), (alpha, int | float)):
+        if not isinstance(config.get(key), kinds) or config[key] <= 0:
+            raise ValueError(f"{path}: {key}: expected a number above 0, found {config.get(key)!r}")
+    settings = {"adapter": adapter, "rank": config["r"], "alpha": float(config[alpha])}
+    if adapter == "lokr":
+        settings["factor"] = config.get("decompose_factor", -1)
+        settings["decompose_both"] = config.get("decompose_both", False)
+    return settings
+
+
+def layers_of(tensors: dict) -> list[str]:
+    """The names of the layers that these tensors adapt."""
+    names = (key.removesuffix(".weight").rpartition(".") for key in tensors)
+    return list({m: None for m, _, last in names if last.startswith(("lora_", "hada_", "lokr_"))})
+
+
+def expected(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by PEFT's key without PREFIX."""
+    adapters = {name for name, m in model.named_modules() if hasattr(m, "delta_weight")}
+    return {peft_key(n, adapters): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def fill(parameters: dict[str, nn.Parameter], tensors: dict, folder: str | Path) -> None:
+    """Copy tensors into parameters of the same keys. Raises ValueError, nothing copied, unless all fit."""
+    if problem := vit.first_mismatch(parameters, tensors):
+        raise ValueError(f"{folder}: {PREFIX}{problem}")
+    for key, parameter in parameters.items():
+        parameter.copy_(tensors[key])
+
+
+def hf_names(model: str, layout: str) -> dict[str, str]:
+    """Our names of a ViT's modules: those in Hugging Face's ViTForImageClassification."""
+    names = {ours: f"vit.{theirs}" for ours, theirs in vit.names(model, layout).items()}
+    return {**names, "heads.head": "classifier"}
+
+
+def renamed(key: str, names: dict[str, str]) -> str | None:
+    """The key of a tensor with the module that it begins with renamed; None if it has no name there."""
+    for end in ("", *ends(key)):
+        module = key[: len(key) - len(end)].removesuffix(".")
+        if module in names:
+            return f"{names[module]}.{end}" if end else names[module]
+    return None
+
+
+def to_peft(
+    path: str | Path, folder: str | Path, weights: str | None = None, base: str = ""
+) -> None:
+    """Write an adapter file as a PEFT folder for Hugging Face's ViT, with class names and preprocessing.
+
+    weights: where the trunk's weights are now, if not where they were in training.
+    base: the Hugging Face model, by name or folder, that holds the trunk. By default google's in21k for an
+        adapter that was trained on it; any other trunk is written to FOLDER/base.
+    Raises OSError or ValueError for a file that cannot be read, or that holds no adapter.
+    """
+    model, info = checkpoint.load_adapter(path, weights)
+    folder, name = Path(folder), info["model"]
+    if info["adapter"] not in ADAPTERS:
+        raise ValueError(
+            f"{path}: adapter: expected one of {', '.join(ADAPTERS)}, found {info['adapter']!r}; PEFT has "
+            "no such kind, --to torchvision takes it"
+        )
+    if not base and info["weights"] == "in21k" and info["preprocessing"]["image_size"] == 224:
+        base = vit.IN21K
+    tensors, adapters = trained(model, "heads.head")
+    both, chosen, others = {}, [], ["vit.pooler.dense"]
+    for layout in ("hf", "hf5"):
+        names = hf_names(name, layout)
+        both |= {renamed(key, names): tensor.clone() for key, tensor in tensors.items()}
+        chosen += [names[layer] for layer in adapters]
+        others += [theirs for ours, theirs in names.items() if ours not in adapters]
+    where = base or str((folder / "base").absolute())
+    write_peft(folder, info, endings(chosen, others), ["classifier"], both, where)
+    config = hf_config(info, model.encoder.ln.eps)
+    write_json(folder / LABELS, config["id2label"])
+    write_json(folder / "preprocessor_config.json", hf_preprocessing(info["preprocessing"]))
+    if not base:
+        (folder / "base").mkdir(exist_ok=True)
+        write_json(folder / "base" / "config.json", config)
+        with checkpoint.atomic(folder / "base" / "model.safetensors") as temporary:
+            temporary.write_bytes(save(hf_trunk(model, name), {"format": "pt"}))
+
+
+def hf_trunk(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The frozen trunk under the names of Hugging Face's files."""
+    names = hf_names(name, "hf")
+    adapters = {n for n, m in model.named_modules() if hasattr(m, "delta_weight")}
+    keys = {
+        n: peft_key(n, adapters).replace(".base_layer.", ".") for n, _ in model.named_parameters()
+    }
+    return {
+        renamed(keys[n], names): p.detach().contiguous()
+        for n, p in model.named_parameters()
+        if n.rpartition(".")[0] not in adapters and not n.startswith("heads.")
+    }
+
+
+def hf_config(info: dict, eps: float) -> dict:
+    """config.json of Hugging Face's ViTForImageClassification."""
+    shape, classes = vit.MODELS[info["model"]], info["classes"]
+    return {
+        "model_type": "vit",
+        "architectures": ["ViTForImageClassification"],
+        "hidden_size": shape["hidden_dim"],
+        "num_hidden_layers": shape["num_layers"],
+        "num_attention_heads": shape["num_heads"],
+        "intermediate_size": shape["mlp_dim"],
+        "image_size": info["preprocessing"]["image_size"],
+        "patch_size": shape["patch_size"],
+        "layer_norm_eps": eps,
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
+
+
+def hf_preprocessing(preprocessing: dict) -> dict:
+    """preprocessor_config.json. CLIP's processor is the one of which every version crops the centre."""
+    size = preprocessing["image_size"]
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": round(size / preprocessing["crop"])},
+        "resample": 2,  # bilinear
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": preprocessing["mean"],
+        "image_std": preprocessing["std"],
+    }
+
+
+def from_peft(
+    folder: str | Path, path: str | Path, weights: str | None = None, classes: str | None = None
+) -> dict:
+    """Write the adapter of a PEFT folder for Hugging Face's ViT as an adapter file; return its info.
+
+    weights: the trunk, a name or a file. By default what base_model_name_or_path says.
+    classes: names with commas, or a file with one on each line. By default those of FOLDER/id2label.json
+        or FOLDER/config.json.
+    Raises OSError or ValueError, naming file and key, for what is missing, a variant or does not fit.
+    """
+    if Path(path).exists():
+        raise ValueError(f"{path}: exists already; name another file or remove it")
+    folder = Path(folder)
+    name, layers, settings, tensors = read_vit(folder)
+    info = {"model": name, "weights": weights or weights_of(folder), "seed": 0}
+    info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
+    known = our_preprocessing(folder)
+    size = known.get("image_size")
+    model, preprocessing = vit.build(name, info["weights"], len(info["classes"]), size)
+    settings = {"factor": -1, "decompose_both": False, **settings}
+    settings["targets"] = targets_of(model, layers)
+    checkpoint.adapt(model, **settings)
+    names = names_in(tensors, name)
+    fill({renamed(key, names): p for key, p in expected(model).items()}, tensors, folder)
+    info |= {**settings, "trunk": checkpoint.fingerprint(model), "eps": model.encoder.ln.eps}
+    info["preprocessing"] = {**preprocessing, **known}
+    checkpoint.save_adapter(path, model, info)
+    return info
+
+
+def targets_of(model: nn.Module, layers: list[str]) -> str:
+    """The targets of checkpoint.adapt that mean just these layers of a ViT without adapters."""
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    others = [name for name, _ in model.named_modules() if name not in layers]
+    return "all" if set(layers) == linear - {"heads.head"} else ",".join(endings(layers, others))
+
+
+def read_vit(folder: Path) -> tuple[str, list[str], dict, dict[str, torch.Tensor]]:
+    """A PEFT folder for Hugging Face's ViT: our name of the model and of the layers, settings, tensors.
+
+    The tensors have the keys of one layout: where the folder holds both, they must be equal.
+    """
+    settings, tensors = read_peft(folder)
+    head = tensors.get("classifier.weight")
+    if head is None or head.ndim != 2:
+        raise ValueError(
+            f"{folder}: {PREFIX}classifier.weight: expected the trained head, found no such tensor; "
+            'PEFT keeps it with modules_to_save=["classifier"]'
+        )
+    widths = {shape["hidden_dim"]: name for name, shape in vit.MODELS.items()}
+    if head.shape[1] not in widths:
+        raise ValueError(
+            f"{folder}: {PREFIX}classifier.weight: expected {' or '.join(map(str, widths))} columns, "
+            f"found {head.shape[1]}"
+        )
+    name = widths[head.shape[1]]
+    ours = {hf: n for layout in ("hf", "hf5") for n, hf in hf_names(name, layout).items()}
+    names = names_in(tensors, name)
+    kept = {}
+    for key, tensor in tensors.items():
+        if (our := renamed(key, ours)) is None:
+            raise ValueError(f"{folder}: {PREFIX}{key}: expected a tensor of a ViT, found this one")
+        same = kept.setdefault(renamed(our, names), tensor)
+        if not torch.equal(same, tensor):
+            raise ValueError(
+                f"{folder}: {PREFIX}{key}: expected the tensor that stands under the layer's other name"
+            )
+    return name, [renamed(layer, ours) for layer in layers_of(kept)], settings, kept
+
+
+def names_in(tensors: dict, model: str) -> dict[str, str]:
+    """hf_names of the layout that these tensors have; of the newer one if they have both."""
+    return hf_names(model, "hf5" if any(key.startswith("vit.layers.") for key in tensors) else "hf")
+
+
+def start_settings(path: str | Path) -> dict:
+    """What train.Config takes from the adapter file or PEFT folder that a run starts from."""
+    if not Path(path).is_dir():
+        _, info = checkpoint.read_adapter(path)
+        size = info["preprocessing"]["image_size"]
+        keys = (*checkpoint.ADAPT, "model", "weights")
+        return {**{key: info[key] for key in keys}, "image_size": size}
+    name, layers, settings, _ = read_vit(Path(path))
+    with torch.device("meta"):
+        bare, _ = vit.build(name, "none")
+    settings["targets"] = targets_of(bare, layers)
+    try:
+        weights = weights_of(Path(path))
+    except (
+        ValueError
+    ):  # a name of a model that is not here: train says so, unless it is given another
+        weights = str(vit.read_json(Path(path) / CONFIG).get("base_model_name_or_path"))
+    size = our_preprocessing(Path(path)).get("image_size")
+    return {**settings, "model": name, "weights": weights, "image_size": size}
+
+
+def start(model: nn.Module, path: str | Path, classes: list[str]) -> str:
+    """Copy an adapter file or PEFT folder into a model that was adapted alike; say what was done.
+
+    The head is copied if it is for these classes (by number, where a folder has no names), else left fresh.
+    Raises OSError or ValueError, naming file and key, for what does not fit.
+    """
+    folder = Path(path) if Path(path).is_dir() else None
+    if folder:
+        name, _, _, tensors = read_vit(folder)
+        names, head = names_in(tensors, name), "classifier."
+        own = {renamed(key, names): p for key, p in expected(model).items()}
+        known = labels_in(folder)
+        same = known == classes if known else len(tensors["classifier.weight"]) == len(classes)
+    else:
+        tensors, info = checkpoint.read_adapter(path)
+        own, head = dict(model.named_parameters()), "heads.head."
+        same = info["classes"] == classes
+    if not same:
+        tensors = {k: own.get(k, t) if k.startswith(head) else t for k, t in tensors.items()}
+    if folder:
+        fill(own, tensors, folder)
+    else:
+        checkpoint.copy_tensors(model, tensors, info, path)
+    return f"start: {path}, " + ("its head too" if same else "a fresh head: other classes")
+
+
+def weights_of(folder: Path) -> str:
+    """The trunk that a PEFT folder was trained on, as vit.build takes it."""
+    base = vit.read_json(folder / CONFIG).get("base_model_name_or_path")
+    if (folder / "base").is_dir():
+        return str((folder / "base").absolute())  # what to_peft wrote, wherever the folder is now
+    if base == vit.IN21K:
+        return "in21k"
+    if base and Path(base).exists():
+        return str(Path(base).absolute())
+    raise ValueError(
+        f"{folder / CONFIG}: base_model_name_or_path: expected {vit.IN21K} or a folder that is here, found "
+        f"{base!r}; name the trunk's file with --weights"
+    )
+
+
+def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
+    """The names of the n classes, as given or out of the folder."""
+    if classes is not None:
+        file = Path(classes)
+        text = file.read_text("utf-8").strip().split("\n") if file.is_file() else classes.split(",")
+        names = [name.strip() for name in text]
+    else:
+        names = labels_in(folder)
+    if len(names) != n:
+        raise ValueError(
+            f"{folder}: expected the names of its {n} classes, found {len(names)}; name them with --classes "
+            "(with commas, or a file with one on each line, in the order of training)"
+        )
+    return names
+
+
+def labels_in(folder: Path) -> list[str]:
+    """The class names that a folder holds, in order; none in one that PEFT wrote."""
+    labels = optional_json(folder / "config.json").get("id2label") or {}
+    labels = optional_json(folder / LABELS) or labels
+    return [labels[key] for key in sorted(labels, key=int)]
+
+
+def optional_json(path: Path) -> dict:
+    return vit.read_json(path) if path.is_file() else {}
+
+
+def our_preprocessing(folder: Path) -> dict:
+    """What a preprocessor_config.json says of the images in our words; nothing if there is none."""
+    theirs = optional_json(folder / "preprocessor_config.json")
+    found = {
+        ours: theirs[key]
+        for ours, key in (("mean", "image_mean"), ("std", "image_std"))
+        if key in theirs
+    }
+    edge = (theirs.get("size") or {}).get("shortest_edge")
+    if edge and theirs.get("do_center_crop"):
+        found["image_size"] = theirs["crop_size"]["height"]
+        found["crop"] = found["image_size"] / edge
+    return found
+
+
+def to_torchvision(path: str | Path, file: str | Path, weights: str | None = None) -> str:
+    """Merge an adapter file into its trunk and write torchvision's state dict: .safetensors, else .pth.
+
+    weights: where the trunk's weights are now, if not where they were in training.
+    Returns the Python expression of the model into which the state dict loads with strict=True.
+    """
+    model, info = checkpoint.load_adapter(path, weights)
+    eps, size = model.encoder.ln.eps, info["preprocessing"]["image_size"]
+    state = {key: t.detach() for key, t in vit.join_attention(merge(model)).state_dict().items()}
+    with checkpoint.atomic(Path(file)) as temporary:
+        if Path(file).suffix == ".safetensors":
+            temporary.write_bytes(save(state, {"format": "pt"}))
+        else:
+            with open(
+                temporary, "wb"
+            ) as opened:  # an OSError, where torch's own file has a RuntimeError
+                torch.save(state, opened)
+    arguments = [f"num_classes={len(info['classes'])}"]
+    if eps != vit.EPS:  # a state dict cannot say it
+        arguments.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps})")
+    if info["model"] == "vit_b_16":
+        arguments += [f"image_size={size}"] if size != 224 else []
+        return f"torchvision.models.vit_b_16({', '.join(arguments)})"
+    shape = {**vit.MODELS[info["model"]], "image_size": size}
+    arguments = [f"{key}={value}" for key, value in shape.items()] + arguments
+    return f"torchvision.models.VisionTransformer({', '.join(arguments)})"
+
+
+def run(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(description="Take adapters to PEFT and torchvision, and back.")
+    add = parser.add_argument
+    add("adapter", help="the adapter file; with --from, where to write it")
+    add("--to", nargs=2, metavar=("KIND", "PATH"), help="peft FOLDER, or torchvision FILE")
+    add("--from", nargs=2, metavar=("KIND", "PATH"), dest="source", help="peft FOLDER")
+    add("--weights", help="the trunk: a name or a file (default: where it was in training)")
+    add("--base", default="", help="to peft: the Hugging Face model that holds the trunk")
+    add("--classes", help="from peft: the class names, with commas or as a file of lines")
+
+    def error(message):  # argparse's own prints the usage as well
+        raise ValueError(f"{message}; see --help")
+
+    parser.error = error
+    given = parser.parse_args(argv)
+    if (given.to is None) == (given.source is None):
+        error("expected either --to or --from")
+    kind, path = given.to or given.source
+    if given.to and kind == "peft":
+        to_peft(given.adapter, path, given.weights, given.base)
+        print(f"PEFT folder: {path}")
+    elif given.to and kind == "torchvision":
+        print(f"{path} loads into {to_torchvision(given.adapter, path, given.weights)}")
+    elif given.source and kind == "peft":
+        info = from_peft(path, given.adapter, given.weights, given.classes)
+        shown = {key: info[key] for key in ("rank", "alpha", "targets", "weights")}
+        print(f"{given.adapter}: {info['adapter']}, {len(info['classes'])} classes, {shown}")
+    else:
+        error(
+            f"{'--to' if given.to else '--from'} {kind}: expected peft"
+            + " or torchvision" * bool(given.to)
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert as the command line says; 0, or 2 after one line on stderr for what cannot work."""
+    try:
+        run(argv)
+    except (ValueError, OSError) as error:
+        print(f"export.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

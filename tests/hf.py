@@ -1,0 +1,49 @@
+"""The embedded trunk's shape in Hugging Face's ViT and timm's, with random weights that hide no mistake."""
+
+import timm
+import torch
+import transformers
+from torch import nn
+
+import vit
+
+SHAPE = vit.MODELS["vit_mini"]
+transformers.logging.set_verbosity_error()
+
+
+def randomise_all(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter: a fresh LayerNorm is one and zero, a fresh bias zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data.copy_(0.1 * values + (parameter.ndim == 1) * 0.5)
+    return model.eval()
+
+
+def hf_vit(classes=("cat", "dog", "cow"), **changed) -> transformers.ViTForImageClassification:
+    names = dict(enumerate(classes))
+    config = transformers.ViTConfig(
+        hidden_size=SHAPE["hidden_dim"],
+        num_hidden_layers=SHAPE["num_layers"],
+        num_attention_heads=SHAPE["num_heads"],
+        intermediate_size=SHAPE["mlp_dim"],
+        image_size=SHAPE["image_size"],
+        patch_size=SHAPE["patch_size"],
+        id2label=names,
+        label2id={name: i for i, name in names.items()},
+        **changed,
+    )
+    return randomise_all(transformers.ViTForImageClassification(config))
+
+
+def timm_vit(classes: int = 3) -> timm.models.VisionTransformer:
+    model = timm.models.VisionTransformer(
+        img_size=SHAPE["image_size"],
+        patch_size=SHAPE["patch_size"],
+        embed_dim=SHAPE["hidden_dim"],
+        depth=SHAPE["num_layers"],
+        num_heads=SHAPE["num_heads"],
+        mlp_ratio=SHAPE["mlp_dim"] / SHAPE["hidden_dim"],
+        num_classes=classes,
+    )
+    return randomise_all(model)

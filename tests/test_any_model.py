@@ -1,0 +1,146 @@
+"""README's lines for any PyTorch model, on SDXL's architecture: trained, saved, and opened by PEFT."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from sdxl import TOKENS, predicted_noise, toy_sdxl
+from test_readme import PYTHON
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from export import load_peft, save_peft
+from lora import LoRALinear, mark_trainable, replace_linear
+
+SAVE, LOAD = (block for block in PYTHON if "style/unet" in block)
+LOOP = "...  # your loop"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """README's first block, with a loop where it says so: the models, their base, folder and losses."""
+    root = tmp_path_factory.mktemp("sdxl")
+    base = toy_sdxl(root / "base")
+    snippet = SAVE.replace("stabilityai/stable-diffusion-xl-base-1.0", str(base))
+    assert snippet.count(LOOP) == 1
+    names = {"train": train, "losses": []}
+    snippet = snippet.replace(LOOP, "losses += train(unet, text_encoder, sdxl)  #")
+    exec(snippet.replace("style/", f"{root}/style/"), names)
+    return names["unet"], names["text_encoder"], base, root / "style", names["losses"]
+
+
+def train(unet, text_encoder, base, steps: int = 12) -> list[float]:
+    """The usual loss: the UNet's guess of the noise against the noise."""
+    torch.manual_seed(0)
+    second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2")
+    scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
+    parameters = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.05)
+    latents, tokens = torch.randn(4, 4, 8, 8), torch.randint(2, TOKENS, (4, 7))
+    noise, at = torch.randn_like(latents), torch.randint(1000, (4,))
+    losses = []
+    for _ in range(steps):
+        noisy = scheduler.add_noise(latents, noise, at)
+        loss = F.mse_loss(predicted_noise(unet, text_encoder, second, noisy, at, tokens), noise)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def guess(unet, text_encoder, base) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    noisy = torch.randn(2, 4, 8, 8, generator=generator)
+    tokens = torch.randint(2, TOKENS, (2, 7), generator=generator)
+    second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2")
+    for model in (unet, text_encoder):
+        model.eval()
+    return predicted_noise(unet, text_encoder, second, noisy, torch.tensor([10, 900]), tokens)
+
+
+def opened(base, style, unet_folder=None):
+    """As a pipeline does it: the base's parts, each wrapped by PeftModel."""
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+    return (
+        PeftModel.from_pretrained(unet, unet_folder or style / "unet"),
+        PeftModel.from_pretrained(text_encoder, style / "text_encoder_one"),
+    )
+
+
+def test_it_learns_in_the_adapters_of_both_models(trained):
+    unet, text_encoder, _, _, losses = trained
+    assert losses[-1] < 0.9 * losses[0]
+    wrapped = [name for name, m in unet.named_modules() if hasattr(m, "delta_weight")]
+    assert {name.split(".")[-1] for name in wrapped} == {"to_q", "to_k", "to_v", "0"}
+    # SDXL takes the text encoder's last hidden states but one: its last layer has nothing to learn
+    first, last = text_encoder.encoder.layers
+    assert not any(m.delta_weight().any() for m in last.modules() if hasattr(m, "delta_weight"))
+    for model, count in ((unet, len(wrapped)), (first, 4)):
+        layers = [m for m in model.modules() if hasattr(m, "delta_weight")]
+        assert len(layers) == count and all(m.delta_weight().any() for m in layers)
+        assert not any(m.linear.weight.requires_grad for m in layers)
+
+
+def test_peft_opens_both_folders_with_the_same_output(trained, tmp_path):
+    unet, text_encoder, base, style, _ = trained
+    ours = guess(unet, text_encoder, base)
+    torch.testing.assert_close(guess(*opened(base, style), base), ours, rtol=0, atol=1e-5)
+    config = json.loads((style / "unet" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["to_q", "to_k", "to_v", "to_out.0"]
+    assert (config["r"], config["alpha"], config["peft_type"]) == (8, 8, "LOKR")
+    # the controls: a wrong alpha, a tensor that is not there
+    file = style / "unet" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    fewer = {key: t for key, t in tensors.items() if "up_blocks.0" not in key}
+    assert len(fewer) < len(tensors)
+    for n, (content, alpha) in enumerate([(tensors, 16), (fewer, 8)]):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        save_file(content, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "alpha": alpha}))
+        assert (guess(*opened(base, style, folder), base) - ours).abs().max() > 1e-3
+
+
+def test_load_peft_gives_the_same_output_and_tensors_bit_for_bit(trained, tmp_path):
+    unet, text_encoder, base, style, _ = trained
+    again = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    text = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
+    load_peft(again, style / "unet")
+    load_peft(text, style / "text_encoder_one")
+    assert torch.equal(guess(again, text, base), guess(unet, text_encoder, base))
+    save_peft(again, tmp_path / "again", base=str(base))
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (style / "unet" / name).read_bytes()
+
+
+def test_a_head_and_biases_travel_with_any_model(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        parts = {"body": nn.Linear(6, 5), "act": nn.Tanh(), "classifier": nn.Linear(5, 3)}
+        built = nn.Sequential()
+        for name, part in parts.items():
+            built.add_module(name, part)
+        return built
+
+    ours = model()
+    replace_linear(ours, lambda layer: LoRALinear(layer, rank=2, alpha=3), "all", "classifier")
+    mark_trainable(ours, "classifier", bias="adapter")
+    for p in ours.parameters():
+        if p.requires_grad:
+            p.data += torch.randn_like(p)
+    save_peft(ours, tmp_path / "folder", head="classifier")
+    theirs = PeftModel.from_pretrained(model(), tmp_path / "folder").eval()
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+    again = model()
+    assert load_peft(again, tmp_path / "folder", head="classifier") == ["body"]
+    assert torch.equal(again(x), ours(x))
+    with pytest.raises(ValueError, match=r"classifier\.\w+: expected no such tensor"):
+        load_peft(model(), tmp_path / "folder")

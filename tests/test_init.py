@@ -1,0 +1,122 @@
+"""train.py --init-adapter: from our own file, from a folder that PEFT trained, with the old head or a new."""
+
+import json
+
+import pytest
+import torch
+from adapters import CLASSES, write_adapter
+from hf import hf_vit
+from test_export import peft_trained
+from trees import write_image
+
+import checkpoint
+import export
+import train
+
+QUICK = "--dataset folder --data-dir pets --epochs 1 --batch-size 4 --workers 0 --lr 1e-30".split()
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """Two images of each class, and of one class more in other/."""
+    monkeypatch.chdir(tmp_path)
+    for root, names in (("pets", CLASSES), ("other", [*CLASSES, "more"])):
+        for label, name in enumerate(sorted(names)):
+            for i in range(2):
+                write_image(tmp_path / root / name / f"{i}.jpg", label, i, (40, 40))
+    return tmp_path
+
+
+def tensors(path):
+    return checkpoint.read_adapter(path)[0]
+
+
+@pytest.mark.parametrize("case", ["lora", "loha", "lokr-both", "head", "full"])
+def test_a_run_starts_from_its_tensors_and_settings(case, pets, capsys):
+    """At a learning rate of nothing it ends where it started: at the adapter, head and all."""
+    write_adapter("a.safetensors", case, classes=sorted(CLASSES))
+    assert train.main([*QUICK, "--init-adapter", "a.safetensors", "--out", "run"]) == 0
+    assert "start: a.safetensors, its head too" in capsys.readouterr().out
+    start, end = tensors("a.safetensors"), tensors("run/adapter.safetensors")
+    assert start.keys() == end.keys()
+    for key in start:
+        torch.testing.assert_close(end[key], start[key], rtol=1e-6, atol=1e-9, msg=key)
+    (_, told), (_, kept) = (
+        checkpoint.read_adapter(p) for p in ("a.safetensors", "run/adapter.safetensors")
+    )
+    for key in (*checkpoint.ADAPT, "model", "classes", "preprocessing"):
+        assert kept[key] == told[key], key
+    # the control: without it, the run starts elsewhere
+    settings = ["--adapter", case.split("-")[0], "--rank", str(told["rank"]), "--out", "fresh"]
+    assert train.main([*QUICK, *settings]) == 0
+    assert not torch.equal(
+        tensors("fresh/adapter.safetensors")["heads.head.weight"], start["heads.head.weight"]
+    )
+
+
+def test_other_classes_get_a_fresh_head(pets, capsys):
+    write_adapter("a.safetensors", "lora", classes=sorted(CLASSES))
+    flags = [*QUICK, "--data-dir", "other", "--init-adapter", "a.safetensors", "--out", "run"]
+    assert train.main(flags) == 0
+    assert "start: a.safetensors, a fresh head: other classes" in capsys.readouterr().out
+    start, end = tensors("a.safetensors"), tensors("run/adapter.safetensors")
+    assert end["heads.head.weight"].shape == (4, 128) and start["heads.head.weight"].shape == (
+        3,
+        128,
+    )
+    adapters = [key for key in start if "lora_" in key]
+    assert adapters and all(torch.equal(start[key], end[key]) for key in adapters)
+    # as many classes with other names: their rows would mean something else
+    write_adapter("b.safetensors", "lora", classes=["x", "y", "z"])
+    assert train.main([*QUICK, "--init-adapter", "b.safetensors", "--out", "named"]) == 0
+    assert "a fresh head" in capsys.readouterr().out
+    assert not torch.equal(
+        tensors("named/adapter.safetensors")["heads.head.weight"],
+        tensors("b.safetensors")["heads.head.weight"],
+    )
+
+
+@pytest.mark.parametrize("case", ["lora", "loha", "lokr"])
+def test_a_run_starts_from_what_peft_trained(case, pets, capsys):
+    theirs = peft_trained(case, pets)
+    assert train.main([*QUICK, "--init-adapter", "folder", "--out", "run"]) == 0
+    assert "start: folder, its head too" in capsys.readouterr().out
+    model, info = checkpoint.load_adapter("run/adapter.safetensors")
+    assert info["weights"] == str(pets / "trunk") and info["preprocessing"]["mean"] == [0.5] * 3
+    images = torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
+    with torch.no_grad():
+        logits = theirs(images).logits
+        torch.testing.assert_close(model(images), logits, rtol=0, atol=1e-5)
+
+
+def test_flags_win_over_the_adapter_and_must_fit_it(pets, capsys):
+    write_adapter("a.safetensors", "lora")
+    hf_vit().save_pretrained("trunk")
+    start = ["--init-adapter", "a.safetensors"]
+    config = train.parse([*QUICK, *start, "--alpha", "9"])
+    assert (config.alpha, config.rank, config.targets) == (9, 3, "query,value")
+    for flags, message in [
+        ("--rank 5", "expected shape (5, 128), found (3, 128)"),
+        ("--adapter loha", "hada_w1_a: expected shape (128, 3), found no such tensor"),
+        ("--weights trunk", "trunk: expected"),
+        ("--init-adapter nowhere", "nowhere: no such adapter file"),
+        ("--init-adapter pets", "pets: expected adapter_config.json"),
+    ]:
+        capsys.readouterr()
+        assert train.main([*QUICK, *start, *flags.split()]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error and "\n" not in error
+    assert not (pets / "runs").exists()
+
+
+def test_a_base_that_is_not_here_is_named_unless_given(pets, capsys):
+    peft_trained("lora", pets)
+    file = pets / "folder" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "base_model_name_or_path": "x/y"}))
+    assert train.main([*QUICK, "--init-adapter", "folder"]) == 2
+    assert "--weights x/y: no such file" in capsys.readouterr().err
+    flags = ["--init-adapter", "folder", "--weights", "trunk", "--out", "run"]
+    assert train.main([*QUICK, *flags]) == 0
+    export.to_peft("run/adapter.safetensors", "again", base=str(pets / "trunk"))
+    assert export.start_settings("again")["weights"] == str(pets / "trunk")

@@ -1,0 +1,116 @@
+"""predict.py as a user runs it, against the evaluation of training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from adapters import CLASSES, write_adapter
+from PIL import Image
+from trees import write_image
+
+import checkpoint
+import data
+import predict
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """An adapter and seven images of every kind; returns their names, sorted."""
+    monkeypatch.chdir(tmp_path)
+    write_adapter("a.safetensors", "lokr")
+    for i in range(4):
+        write_image(tmp_path / "photos" / f"{i}.jpg", i, i, (90 + 20 * i, 120))
+    write_image(tmp_path / "photos" / "sub" / "turned.JPG", 2, 9, (120, 80), orientation=6)
+    write_image(tmp_path / "photos" / "grey.jpeg", 4, 2, (50, 50), grey=True)
+    clear = Image.linear_gradient("L").resize((60, 40)).convert("RGBA")
+    clear.save(tmp_path / "photos" / "clear.png")
+    (tmp_path / "photos" / "notes.txt").write_text("no image")
+    names = [*(f"{i}.jpg" for i in range(4)), "clear.png", "grey.jpeg", "sub/turned.JPG"]
+    return [f"photos/{name}" for name in names]
+
+
+def probabilities(files):
+    """What evaluation in training makes of the files: (files, classes)."""
+    model, info = checkpoint.load_adapter("a.safetensors")
+    split = data.Split(np.zeros(len(files), np.int64), files)
+    images, _ = next(data.batches(split, len(files), info["preprocessing"], workers=0))
+    with torch.no_grad():
+        return model(images).softmax(-1)
+
+
+def test_one_image_says_its_class_and_the_top(photos, run_script):
+    process = run_script("predict.py", "a.safetensors", photos[4])
+    assert process.returncode == 0, process.stderr
+    (wanted,) = probabilities([photos[4]])
+    order = wanted.argsort(descending=True)
+    assert process.stdout.splitlines() == [
+        f"Predicted class: {CLASSES[order[0]]}",
+        *(f"{wanted[i].item():8.2%}  {CLASSES[i]}" for i in order),
+    ]
+    assert process.stderr == ""
+
+
+@pytest.mark.parametrize("flags", ["", "--batch-size 3", "--batch-size 2 --workers 2"])
+def test_a_folder_is_predicted_as_in_evaluation_in_any_batches(flags, photos, capsys):
+    assert predict.main(["a.safetensors", "photos", "--json", *flags.split()]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["file"] for row in rows] == photos
+    wanted = probabilities(photos)
+    assert len({tuple(p.tolist()) for p in wanted}) == 7, "images that differ tell a wrong order"
+    for row, p in zip(rows, wanted, strict=True):
+        found = {guess["class"]: guess["probability"] for guess in row["predictions"]}
+        assert [found[name] for name in CLASSES] == pytest.approx(p.tolist(), abs=1e-5)
+        assert row["predictions"][0]["class"] == CLASSES[p.argmax()]
+
+
+def test_lines_and_top(photos, capsys):
+    assert predict.main(["a.safetensors", *photos[:2], "--top", "1"]) == 0
+    wanted = probabilities(photos[:2])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}: {CLASSES[p.argmax()]} {p.max().item():.2%}"
+        for file, p in zip(photos, wanted, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("flags", ["", "--batch-size 2", "--batch-size 1 --workers 1"])
+def test_unreadable_images_are_named_and_left_out(flags, photos, tmp_path, capsys):
+    broken = tmp_path / photos[1]
+    broken.write_bytes(broken.read_bytes()[:700])
+    (tmp_path / "photos" / "text.png").write_text("no image")
+    assert predict.main(["a.safetensors", "photos", *flags.split()]) == 1
+    shown = capsys.readouterr()
+    assert [line.split(":")[0] for line in shown.out.splitlines()] == [photos[0], *photos[2:]]
+    first, second = shown.err.splitlines()
+    assert first.startswith(f"predict.py: {photos[1]}: cannot be read")
+    assert second == "predict.py: photos/text.png: cannot be read (not an image)"
+    assert predict.main(["a.safetensors", photos[1]]) == 1
+
+
+def test_contact_sheet(photos, tmp_path, capsys):
+    for name, images in (("all.png", ["photos"]), ("one.png", photos[:1])):
+        assert predict.main(["a.safetensors", *images, "--figure", name]) == 0
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 250
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 500
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("a.safetensors nowhere.jpg", "nowhere.jpg: no such file or folder"),
+        ("a.safetensors empty", "empty: expected images (.jpg"),
+        ("nothing.safetensors photos", "nothing.safetensors: no such adapter file"),
+        ("photos/0.jpg photos", "photos/0.jpg: not a file of tensors"),
+        ("a.safetensors photos --device cuda:99", "--device cuda:99: cannot be used"),
+        ("a.safetensors photos --top 0", "--top 0: expected >= 1"),
+        ("a.safetensors photos --batch-size 0", "--batch-size 0: expected >= 1"),
+        ("a.safetensors photos --figure no/x.png", "No such file or directory: 'no/x.png'"),
+        ("a.safetensors", "the following arguments are required: images; see --help"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(flags, message, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert predict.main(flags.split()) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("predict.py: ") and message in error and "\n" not in error

@@ -1,0 +1,236 @@
+"""Trunks of Hugging Face and timm: the same logits as their own models, from every kind of file."""
+
+import json
+
+import pytest
+import torch
+from hf import hf_vit, timm_vit
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import ViTModel
+
+import checkpoint
+import vit
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def images():
+    return torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
+
+
+def ours(weights, head: nn.Linear, **more) -> torch.Tensor:
+    """The logits of our trunk with the other library's head."""
+    model, preprocessing = vit.build("vit_mini", str(weights), 3, **more)
+    assert preprocessing["mean"] == preprocessing["std"] == [0.5] * 3
+    model.heads.head.load_state_dict(head.state_dict())
+    with torch.no_grad():
+        return model.eval()(images())
+
+
+def new_names(model):
+    return model.state_dict()
+
+
+def new_names_bare(model):
+    """Those of ViTModel, which has a pooler and no prefix."""
+    bare = ViTModel(model.config).eval()
+    bare.load_state_dict(model.vit.state_dict(), strict=False)
+    return bare.state_dict()
+
+
+def old_names(model):
+    """Those of the published file."""
+    renamed = {}
+    for key, tensor in model.state_dict().items():
+        for new, old in [
+            (".layers.", ".encoder.layer."),
+            ("attention.o_proj", "attention.output.dense"),
+            ("attention.q_proj", "attention.attention.query"),
+            ("attention.k_proj", "attention.attention.key"),
+            ("attention.v_proj", "attention.attention.value"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        ]:
+            key = key.replace(new, old)
+        renamed[key] = tensor
+    return renamed
+
+
+def old_names_bare(model):
+    return {key.removeprefix("vit."): tensor for key, tensor in old_names(model).items()}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("keys", [new_names, new_names_bare, old_names, old_names_bare])
+def test_hugging_face_s_logits_from_a_file(keys, suffix, tmp_path):
+    model = hf_vit()
+    path = tmp_path / f"trunk.{suffix}"
+    (torch.save if suffix == "bin" else save_file)(keys(model), path)
+    logits = model(images()).logits
+    torch.testing.assert_close(ours(path, model.classifier), logits, rtol=0, atol=1e-10)
+    # the control: with torchvision's eps it is another model
+    wrong = ours(path, model.classifier, eps=1e-6)
+    assert (wrong - logits).abs().max() > 1e-8
+
+
+def test_hugging_face_s_logits_from_a_folder_that_it_saved(tmp_path):
+    """config.json says the eps where it is not the usual one."""
+    model = hf_vit(layer_norm_eps=1e-3)
+    model.save_pretrained(tmp_path / "folder")
+    assert any("encoder.layer.0" in key for key in load_file(tmp_path / "folder/model.safetensors"))
+    for place in ("folder", "folder/model.safetensors"):
+        logits = ours(tmp_path / place, model.classifier)
+        torch.testing.assert_close(logits, model(images()).logits, rtol=0, atol=1e-10)
+    (tmp_path / "folder" / "config.json").unlink()
+    wrong = ours(tmp_path / "folder", model.classifier)
+    assert (wrong - model(images()).logits).abs().max() > 1e-5
+
+
+def test_timm_s_logits(tmp_path):
+    model = timm_vit()
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    logits = ours(tmp_path / "timm.safetensors", model.head)
+    torch.testing.assert_close(logits, model(images()), rtol=0, atol=1e-10)
+
+
+def test_an_adapter_remembers_the_eps_of_its_trunk(tmp_path):
+    """Also where all is in the adapter file, and no trunk left to say it."""
+    model = hf_vit(layer_norm_eps=1e-3)
+    model.save_pretrained(tmp_path / "trunk")
+    for adapter in ("lora", "full"):
+        built, preprocessing = vit.build("vit_mini", str(tmp_path / "trunk"), 3)
+        checkpoint.adapt(built, adapter)
+        info = {key: None for key in checkpoint.ADAPT} | dict(
+            adapter=adapter, rank=4, alpha=32.0, targets="all", bias="none", factor=-1
+        )
+        info |= {"decompose_both": False, "model": "vit_mini", "weights": str(tmp_path / "trunk")}
+        info |= {"seed": 0, "trunk": checkpoint.fingerprint(built), "classes": ["a", "b", "c"]}
+        info |= {"preprocessing": preprocessing, "eps": built.encoder.ln.eps}
+        path = tmp_path / f"{adapter}.safetensors"
+        checkpoint.save_adapter(path, built, info)
+        loaded, _ = checkpoint.load_adapter(path)
+        assert loaded.encoder.layers[2].ln_1.eps == 1e-3
+        assert torch.equal(loaded(images()), built.eval()(images()))
+    again, _ = vit.build("vit_mini", str(path), 3)  # the fully trained model as a trunk
+    assert again.encoder.ln.eps == 1e-3
+
+
+def snapshot(home):
+    return (
+        home / "hub" / "models--google--vit-base-patch16-224-in21k" / "snapshots" / "b4569560a39a"
+    )
+
+
+def published(folder, seed=0):
+    """A file in the published layout at full size, in float16 to be small."""
+    with torch.device("meta"):
+        trunk = vit.VisionTransformer(**vit.MODELS["vit_b_16"])
+        trunk = vit.split_attention(trunk)
+    theirs = vit.names("vit_b_16", "hf")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"pooler.dense.bias": torch.zeros(768, dtype=torch.float16)}
+    for name, p in trunk.named_parameters():
+        module, _, last = name.rpartition(".")
+        key = theirs.get(name) or f"{theirs.get(module)}.{last}"
+        if not name.startswith("heads."):
+            values = torch.randn(p.numel() % 97 + 1, generator=generator, dtype=torch.float32)
+            values = values.repeat(p.numel() // len(values) + 1)[: p.numel()]
+            tensors[key] = (0.02 * values).reshape(p.shape).half()
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """A machine on which the weights are nowhere yet."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(vit, "KAGGLE", tmp_path / "kaggle")
+    return tmp_path
+
+
+def test_in21k_by_name_out_of_hugging_face_s_cache(nowhere):
+    tensors = published(snapshot(nowhere / "home"))
+    model, preprocessing = vit.build("vit_b_16", "in21k", 7)
+    key = "encoder.layer.7.attention.attention.value.weight"
+    value = model.encoder.layers.encoder_layer_7.self_attention.value.weight
+    assert torch.equal(value, tensors[key].float())
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-12}
+    assert preprocessing == {
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "crop": 1.0,
+        "image_size": 224,
+    }
+
+
+@pytest.mark.parametrize(
+    "place", ["vit-base-patch16-224-in21k", "kaggle/a/b/vit-base-patch16-224-in21k/1"]
+)
+def test_in21k_is_found_in_the_known_places(place, nowhere):
+    (nowhere / place).mkdir(parents=True)
+    (nowhere / place / "pytorch_model.bin").write_bytes(b"")
+    assert (nowhere / place / "pytorch_model.bin").samefile(vit.find_in21k())
+
+
+def test_in21k_is_downloaded_once_and_its_absence_is_one_line(nowhere):
+    (nowhere / "remote").mkdir()
+    save_file({"x": torch.ones(1)}, nowhere / "remote" / "model.safetensors")
+    url = (nowhere / "remote" / "model.safetensors").as_uri()
+    with pytest.raises(OSError, match=r"hf download google/vit-base") as error:
+        vit.find_in21k(url + "-not")
+    assert str(nowhere / "home") in str(error.value) and "\n" not in str(error.value)
+    place = vit.find_in21k(url)
+    assert place.read_bytes() == (nowhere / "remote" / "model.safetensors").read_bytes()
+    assert vit.find_in21k("file:///nowhere") == place
+
+
+def test_wrong_files_are_refused_with_the_key(tmp_path):
+    state = old_names(hf_vit())
+    key = "encoder.layer.3.attention.attention.query.weight"
+    for change, message in [
+        (lambda s: s.pop("vit." + key), rf"{key}: expected a tensor, found none"),
+        (
+            lambda s: s.update({"vit.embeddings.mask_token": torch.ones(1)}),
+            "mask_token: expected no",
+        ),
+        (lambda s: s.update({"vit." + key: torch.ones(2, 2)}), r"\(128, 128\), found \(2, 2\)"),
+    ]:
+        changed = dict(state)
+        change(changed)
+        save_file(changed, tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match=message) as error:
+            vit.build("vit_mini", str(tmp_path / "wrong.safetensors"))
+        assert "wrong.safetensors" in str(error.value) and "\n" not in str(error.value)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text(json.dumps({"layer_norm_eps": 1e-12}))
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or .* found config"):
+        vit.build("vit_mini", str(tmp_path / "folder"))
+    with pytest.raises(ValueError, match="'in21k' are vit_b_16's"):
+        vit.build("vit_mini", "in21k")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb-went-off", "w"))
+
+
+def test_a_hostile_bin_is_refused_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    torch.save({**old_names(hf_vit()), "more": Bomb()}, "folder/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a file of tensors"):
+        vit.build("vit_mini", "folder")
+    assert not (tmp_path / "bomb-went-off").exists()
+    torch.load("folder/pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "bomb-went-off").exists(), "the control: unpickled, it does go off"
