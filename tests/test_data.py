@@ -141,7 +141,11 @@ def test_batches_depend_on_seed_and_epoch_and_not_on_workers(source, tmp_path):
 def test_large_images_are_decoded_upright_and_near_the_exact_crop(tmp_path, orientation, cache):
     """Decoding a JPEG at a smaller scale must give the crop that full decoding gives."""
     path = tmp_path / "a.jpg"
-    write_image(path, 3, 1, (512, 384), orientation=orientation)
+    y, x = np.mgrid[:384, :512]
+    blocks = 60 + 100 * ((x // 16 + y // 16) % 2) + x // 8  # an eighth of the size would blur them
+    exif = Image.Exif()
+    exif[data.ORIENTATION] = orientation
+    Image.fromarray(blocks.astype(np.uint8)).convert("RGB").save(path, quality=95, exif=exif)
     split = split_of(path)
     data.keep(split, tmp_path / "cache", 64, cache)
     image = all_of(split, {**PLAIN, "image_size": 64, "crop": 0.8})[0][0]
@@ -154,15 +158,15 @@ def test_large_images_are_decoded_upright_and_near_the_exact_crop(tmp_path, orie
         box = [(width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2]
         exact = np.array(full.resize((64, 64), Image.Resampling.BILINEAR, box=box))
     exact = torch.from_numpy(exact).permute(2, 0, 1) / 255
-    assert (image - exact).abs().mean() < 0.02
-    assert (image - exact.flip(-1, -2)).abs().mean() > 0.04
+    assert (image - exact).abs().mean() < 0.03
+    assert (image - exact.flip(-1, -2)).abs().mean() > 0.06
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1", "I;16"])
 def test_every_kind_of_pixel_becomes_rgb(mode, tmp_path):
     path = tmp_path / f"1.{'jpg' if mode == 'CMYK' else 'png'}"
     if mode == "I;16":
-        Image.fromarray(np.full((100, 120), 124 * 257, np.uint16)).save(path)
+        Image.fromarray(np.full((100, 120), 124 * 256 + 3, np.uint16)).save(path)
     else:
         Image.new("RGB", (120, 100), (200, 100, 50)).convert(mode).save(path)
     image = all_of(split_of(path))[0][0]

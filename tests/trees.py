@@ -56,7 +56,7 @@ def tiny_imagenet(root: Path, classes: int = 200, images: int = 10) -> Path:
 
 
 def food101(
-    root: Path, classes=("beignets", "cheese_plate", "cheesecake"), kaggle=False, train=6, test=2
+    root: Path, classes=("cheesecake", "beignets", "cheese_plate"), kaggle=False, train=6, test=2
 ) -> Path:
     """torchvision's layout, or Kaggle's food41 with its meta in meta: so many images a class."""
     meta = root / "meta" / "meta" if kaggle else root / "meta"
