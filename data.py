@@ -148,9 +148,13 @@ class Crops(TorchDataset):
                 image = upright_rgb(image)
         except ValueError as error:
             return row, draws, str(error)
-        if image.width != width:
+        if image.width != width:  # a box of whole pixels would be too coarse at a smaller scale
             share = image.width / width
-            box = fit_box([side * share for side in box], *image.size)
+            left, top, wide, high = (side * share for side in box)
+            right, bottom = min(left + wide, image.width), min(top + high, image.height)
+            target = self.size, self.size
+            image = image.resize(target, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+            box = 0, 0, *target
         left, top, wide, high = box
         pixels = np.array(image.crop((left, top, left + wide, top + high)))
         return resize_crop(pixels, (0, 0, wide, high), flip, self.size)

@@ -142,7 +142,9 @@ def test_large_images_are_decoded_upright_and_near_the_exact_crop(tmp_path, orie
     """Decoding a JPEG at a smaller scale must give the crop that full decoding gives."""
     path = tmp_path / "a.jpg"
     y, x = np.mgrid[:384, :512]
-    blocks = 60 + 100 * ((x // 16 + y // 16) % 2) + x // 8  # an eighth of the size would blur them
+    blocks = (
+        20 + 90 * ((x // 12 + y // 12) % 2) + x // 5 + y // 10
+    )  # an eighth of the size would blur them
     exif = Image.Exif()
     exif[data.ORIENTATION] = orientation
     Image.fromarray(blocks.astype(np.uint8)).convert("RGB").save(path, quality=95, exif=exif)
@@ -158,8 +160,9 @@ def test_large_images_are_decoded_upright_and_near_the_exact_crop(tmp_path, orie
         box = [(width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2]
         exact = np.array(full.resize((64, 64), Image.Resampling.BILINEAR, box=box))
     exact = torch.from_numpy(exact).permute(2, 0, 1) / 255
-    assert (image - exact).abs().mean() < 0.03
-    assert (image - exact.flip(-1, -2)).abs().mean() > 0.06
+    # what is kept has whole pixels of its own size: the crop may lie half of one beside
+    assert (image - exact).abs().mean() < (0.1 if cache else 0.03)
+    assert (image - exact.flip(-1, -2)).abs().mean() > 0.15
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1", "I;16"])
