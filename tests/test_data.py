@@ -229,6 +229,9 @@ def test_a_broken_file_is_replaced_by_the_next_and_named_once(cache, tmp_path, c
         capfd.readouterr()
         found = all_of(other, train=True, workers=workers)
         assert cache or capfd.readouterr().err.count("cannot be read") == 3
+        other.bad.clear()
+        all_of(other, train=True, workers=workers, seed=workers)  # the files in another order
+        assert cache or capfd.readouterr().err.count("cannot be read") == 3
         assert all(torch.equal(a, b) for a, b in zip(epochs[0], found, strict=True))
 
 
