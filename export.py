@@ -1,23 +1,16 @@
-"""Adapters travel: PEFT's folders out and in, and merged weights for stock torchvision.
+"""Adapters of Vision Transformers travel: to PEFT and back, and merged into stock torchvision.
 
     python export.py runs/x/adapter.safetensors --to peft FOLDER          # opens with PeftModel
     python export.py runs/x/adapter.safetensors --to torchvision FILE     # plain torchvision, merged
     python export.py mine.safetensors --from peft FOLDER                  # one that PEFT trained, too
 
-and, for any PyTorch model with adapters of lora.py, loha.py or lokr.py in it,
-
-    save_peft(unet, "folder")
-    load_peft(unet, "folder")
-
-A PEFT folder is adapter_config.json and adapter_model.safetensors. PEFT finds a layer by its name, and
-transformers 5 has other names for a ViT's layers than older versions. So a ViT's folder holds each
-tensor under both, and PEFT takes those that it finds.
+PEFT finds a layer by its name, and transformers 5 has other names for a ViT's layers than older versions. So
+a folder holds each tensor under both, and PEFT takes those that it finds. For any other model there are
+save_peft and load_peft, of peft_folder.py.
 """
 
 import argparse
-import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,278 +20,35 @@ from torch import nn
 import checkpoint
 import vit
 from checkpoint import ADAPTERS
-from lokr import factorization
-from lora import mark_trainable, merge, replace_linear
+from lora import merge
+from peft_folder import (
+    CONFIG,
+    PREFIX,
+    endings,
+    ends,
+    expected,
+    fill,
+    layers_of,
+    load_peft,
+    peft_key,
+    read_peft,
+    save_peft,
+    trained,
+    write_json,
+    write_peft,
+)
 
-CONFIG = "adapter_config.json"
+__all__ = [
+    "from_peft",
+    "load_peft",
+    "save_peft",
+    "start",
+    "start_settings",
+    "to_peft",
+    "to_torchvision",
+]
+
 LABELS = "id2label.json"  # not config.json: transformers would take the folder for a whole model
-FILES = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."  # before every key of PEFT's
-BIASES = {"none": "none", "all": "all", "adapter": "lora_only"}  # ours: PEFT's
-
-# What of adapter_config.json changes nothing in what the tensors mean: it tells of the start or the course
-# of training, or what the tensors' names tell. Any other key that is set makes it a variant.
-HARMLESS = """
-    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r alpha
-    lora_alpha bias target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
-    lora_dropout rank_dropout rank_dropout_scale module_dropout init_weights init_lora_weights
-    decompose_both decompose_factor use_effective_conv2d megatron_core qalora_group_size runtime_config
-""".split()
-STARTS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-    "lycoris",
-)  # that leave the base's weights alone
-
-
-def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = "") -> None:
-    """Write the adapters of any model, its head and the biases that train as a PEFT folder.
-
-    head: the part of a name that marks what is saved whole, as in mark_trainable; "" for a model without.
-    base: base_model_name_or_path, for readers of the folder who ask it where the model came from.
-
-    Raises ValueError if there is no adapter, if they differ in kind, rank or scale, if a parameter trains
-    for which PEFT has no place, or if the folder holds an adapter already.
-    """
-    tensors, adapters = trained(model, head)
-    inner = {f"{name}.linear" for name in adapters}
-    others = [name for name, _ in model.named_modules() if name not in inner | set(adapters)]
-    heads = sorted({key.rpartition(".")[0] for key in tensors if head and head in key})
-    settings = {**settings_of(adapters), "bias": bias_of(tensors, heads)}
-    write_peft(Path(folder), settings, endings(list(adapters), others), heads, tensors, base)
-
-
-def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]:
-    """Wrap the layers of any model that a PEFT folder names and load its tensors; return their names.
-
-    head: as in mark_trainable; the folder must hold it whole.
-    Raises OSError or ValueError, naming file and key, for what is missing, a variant or does not fit.
-    """
-    settings, tensors = read_peft(folder)
-    layers = layers_of(tensors)
-    others = [name for name, _ in model.named_modules() if name not in layers]
-    bias, wrap = settings.pop("bias"), ADAPTERS[settings.pop("adapter")]
-    replace_linear(model, partial(wrap, **settings), endings(layers, others), head)
-    mark_trainable(model, head, bias)
-    fill(expected(model), tensors, folder)
-    return layers
-
-
-def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[str, nn.Module]]:
-    """What training changed, under PEFT's keys without PREFIX, and the adapters, by name."""
-    adapters = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
-    if not adapters:
-        raise ValueError("the model has no adapter: put some in with replace_linear")
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        module, _, last = name.rpartition(".")
-        is_head = bool(head) and head in name
-        if not (is_head or module in adapters or parameter.requires_grad):
-            continue
-        if not (is_head or module in adapters or last == "bias"):
-            raise ValueError(
-                f"{name} trains, and PEFT has no place for it: expected adapters, head and biases; "
-                "name the head, or call mark_trainable"
-            )
-        tensors[peft_key(name, adapters)] = parameter.detach().cpu().clone().contiguous()
-    return tensors, adapters
-
-
-def peft_key(name: str, adapters) -> str:
-    """PEFT's key, without PREFIX, of a parameter of ours."""
-    module, _, last = name.rpartition(".")
-    if module in adapters:
-        return f"{name}.weight" if last.startswith("lora_") else name  # its A and B are nn.Linear
-    owner = module.removesuffix(".linear")
-    return f"{owner}.base_layer.{last}" if owner != module and owner in adapters else name
-
-
-def settings_of(adapters: dict[str, nn.Module]) -> dict:
-    """The arguments of checkpoint.adapt that these adapters were made with."""
-    found = {(type(layer), layer.rank, layer.scale) for layer in adapters.values()}
-    if len(found) > 1:
-        shown = sorted(f"{kind.__name__} rank {rank} scale {s:g}" for kind, rank, s in found)
-        raise ValueError(f"expected adapters of one kind, rank and scale, found {', '.join(shown)}")
-    kind, rank, scale = found.pop()
-    alpha = round(scale * rank, 6)
-    alpha = alpha if alpha / rank == scale else scale * rank
-    settings = {"adapter": {v: k for k, v in ADAPTERS.items()}[kind], "rank": rank, "alpha": alpha}
-    if settings["adapter"] == "lokr":
-        settings["factor"] = factor_of(adapters.values())
-        settings["decompose_both"] = any(hasattr(a, "lokr_w1_a") for a in adapters.values())
-    return settings
-
-
-def factor_of(layers) -> int:
-    """The smallest factor with which factorization gives W1 the shape that it has in LoKr's layers."""
-    sides = set()  # (features, rows or columns of W1)
-    for layer in layers:
-        whole = hasattr(layer, "lokr_w1")
-        rows, columns = (layer.lokr_w1,) * 2 if whole else (layer.lokr_w1_a, layer.lokr_w1_b)
-        out_features, in_features = layer.linear.weight.shape
-        sides |= {(out_features, rows.shape[0]), (in_features, columns.shape[1])}
-    for factor in (-1, *range(1, 1 + max(features for features, _ in sides))):
-        if all(factorization(features, factor)[0] == side for features, side in sides):
-            return factor
-    raise ValueError(f"expected one factor for all LoKr layers, found W1 of {sorted(sides)}")
-
-
-def bias_of(tensors: dict, heads: list[str]) -> str:
-    """Which biases stand among the tensors, in mark_trainable's words."""
-    biases = [
-        key
-        for key in tensors
-        if key.endswith("bias") and not any(f".{key}".endswith(f".{head}.bias") for head in heads)
-    ]
-    if not biases:
-        return "none"
-    return "adapter" if all(key.endswith(".base_layer.bias") for key in biases) else "all"
-
-
-def endings(chosen: list[str], others: list[str]) -> list[str]:
-    """The shortest ends of the chosen names that no other name has: ["query", "value"].
-
-    Raises ValueError if the whole of a chosen name is the end of another.
-    """
-    taken = {end for name in others for end in ends(name)}
-    found = {}
-    for name in chosen:
-        free = [end for end in ends(name) if end not in taken]
-        if not free:
-            raise ValueError(
-                f"{name}: expected a name that ends no other layer's, found one that does"
-            )
-        # "0" alone would do for "mlp.0" in this model, and say nothing to a reader.
-        found[next((end for end in free if not end.split(".")[0].isdigit()), free[0])] = None
-    return list(found)
-
-
-def ends(name: str) -> list[str]:
-    """Every end of a dotted name, the shortest first."""
-    parts = name.split(".")
-    return [".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1)]
-
-
-def write_peft(
-    folder: Path, settings: dict, targets: list[str], heads: list[str], tensors: dict, base: str
-) -> None:
-    """Write the two files of a PEFT folder, the configuration last."""
-    if (folder / CONFIG).exists():
-        raise ValueError(f"{folder}: holds an adapter already; name another folder or remove it")
-    alpha = int(settings["alpha"]) if settings["alpha"] % 1 == 0 else settings["alpha"]
-    config = {
-        "peft_type": settings["adapter"].upper(),
-        "base_model_name_or_path": base or None,
-        "r": settings["rank"],
-        "lora_alpha" if settings["adapter"] == "lora" else "alpha": alpha,
-        "target_modules": targets,
-        "modules_to_save": heads or None,
-        "inference_mode": True,
-    }
-    if settings["adapter"] == "lora":
-        config["bias"] = BIASES[settings["bias"]]
-    if settings["adapter"] == "lokr":
-        config["decompose_factor"] = settings["factor"]
-        config["decompose_both"] = settings["decompose_both"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.atomic(folder / FILES[0]) as temporary:
-        content = {PREFIX + key: tensor for key, tensor in tensors.items()}
-        temporary.write_bytes(save(content, {"format": "pt"}))
-    write_json(folder / CONFIG, config)
-
-
-def write_json(path: Path, content: dict) -> None:
-    with checkpoint.atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The settings (arguments of checkpoint.adapt) of a PEFT folder and its tensors by key, without PREFIX.
-
-    Raises FileNotFoundError for a missing file, ValueError for a variant of LoRA, LoHa and LoKr that is
-    none of ours, naming the key that says so.
-    """
-    path = Path(folder) / CONFIG
-    file = next((path.with_name(name) for name in FILES if path.with_name(name).is_file()), None)
-    for there, names in ((path.is_file(), CONFIG), (file, " or ".join(FILES))):
-        if not there:
-            raise FileNotFoundError(f"{folder}: expected {names}, found no such file")
-    config = vit.read_json(path)
-    settings = peft_settings(config, path)
-    tensors, _ = vit.read_weights(file)
-    for key in tensors:
-        if not key.startswith(PREFIX):
-            raise ValueError(f"{file}: {key}: expected a key that begins with {PREFIX}")
-    tensors = {
-        key.removeprefix(PREFIX).replace(".modules_to_save.", "."): tensor
-        for key, tensor in tensors.items()
-        if ".original_module."
-        not in key  # with bias="all" PEFT adds the head's as it was at the start
-    }
-    if not layers_of(tensors):
-        raise ValueError(
-            f"{file}: expected factors of an adapter (lora_, hada_, lokr_), found none"
-        )
-    settings["bias"] = bias_of(tensors, config.get("modules_to_save") or [])
-    if config.get("bias", "none") != "none" and settings["bias"] == "none":
-        raise ValueError(
-            f"{path}: bias: {config['bias']!r}, but {file.name} holds no bias; the adapter is incomplete"
-        )
-    return settings, tensors
-
-
-def peft_settings(config: dict, path: Path) -> dict:
-    """The arguments of checkpoint.adapt that an adapter_config.json stands for."""
-    adapter = str(config.get("peft_type")).lower()
-    if adapter not in ADAPTERS:
-        kinds = ", ".join(kind.upper() for kind in ADAPTERS)
-        raise ValueError(
-            f"{path}: peft_type: expected one of {kinds}, found {config.get('peft_type')!r}"
-        )
-    for key, value in config.items():
-        if value and key not in HARMLESS:
-            raise ValueError(
-                f"{path}: {key}: expected none, found {value!r}; this variant of {adapter} is not supported"
-            )
-    start = config.get("init_lora_weights", True)
-    if start not in STARTS:
-        raise ValueError(
-            f"{path}: init_lora_weights: {start!r} changes the base model's weights too; convert it to "
-            "plain LoRA in PEFT first (path_initial_model_for_weight_conversion)"
-        )
-    alpha = "lora_alpha" if adapter == "lora" else "alpha"
-    for key, kinds in (("r", int), (alpha, int | float)):
-        if not isinstance(config.get(key), kinds) or config[key] <= 0:
-            raise ValueError(f"{path}: {key}: expected a number above 0, found {config.get(key)!r}")
-    settings = {"adapter": adapter, "rank": config["r"], "alpha": float(config[alpha])}
-    if adapter == "lokr":
-        settings["factor"] = config.get("decompose_factor", -1)
-        settings["decompose_both"] = config.get("decompose_both", False)
-    return settings
-
-
-def layers_of(tensors: dict) -> list[str]:
-    """The names of the layers that these tensors adapt."""
-    names = (key.removesuffix(".weight").rpartition(".") for key in tensors)
-    return list({m: None for m, _, last in names if last.startswith(("lora_", "hada_", "lokr_"))})
-
-
-def expected(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by PEFT's key without PREFIX."""
-    adapters = {name for name, m in model.named_modules() if hasattr(m, "delta_weight")}
-    return {peft_key(n, adapters): p for n, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def fill(parameters: dict[str, nn.Parameter], tensors: dict, folder: str | Path) -> None:
-    """Copy tensors into parameters of the same keys. Raises ValueError, nothing copied, unless all fit."""
-    if problem := vit.first_mismatch(parameters, tensors):
-        raise ValueError(f"{folder}: {PREFIX}{problem}")
-    for key, parameter in parameters.items():
-        parameter.copy_(tensors[key])
 
 
 def hf_names(model: str, layout: str) -> dict[str, str]:
@@ -418,6 +168,8 @@ def from_peft(
         raise ValueError(f"{path}: exists already; name another file or remove it")
     folder = Path(folder)
     name, layers, settings, tensors = read_vit(folder)
+    if weights and weights not in vit.NAMES:
+        weights = str(Path(weights).absolute())
     info = {"model": name, "weights": weights or weights_of(folder), "seed": 0}
     info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
     known = our_preprocessing(folder)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torchvision.models import VisionTransformer, ViT_B_16_Weights
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -295,10 +295,13 @@ def find_in21k(url: str = f"https://huggingface.co/{IN21K}/resolve/main/{FILES[0
     place = Path(torch.hub.get_dir()) / "checkpoints" / f"{short}.safetensors"
     if found or place.is_file():
         return [*found, place][0]
+    part = place.with_suffix(".part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(place))
-    except OSError as error:
+        torch.hub.download_url_to_file(url, str(part))
+        with safe_open(part, framework="pt"):  # refuses a file that breaks off
+            part.rename(place)
+    except (OSError, SafetensorError) as error:
         raise OSError(
             f"weights 'in21k': {IN21K} is not in {hub}, ./{short}, {KAGGLE} or {place}, and {url} "
             f"cannot be downloaded ({error}); run: hf download {IN21K}, or name its file with --weights"

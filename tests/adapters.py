@@ -55,8 +55,8 @@ CASES = {
 }
 
 
-def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLASSES):
-    """Write an adapter file with random tensors; return its model."""
+def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLASSES, **seen):
+    """Write an adapter file with random tensors; return its model. seen: other preprocessing."""
     settings = {"rank": 4, "alpha": 32.0, "targets": "all", "bias": "none", "factor": -1}
     settings |= {"decompose_both": False, "adapter": case.split("-")[0], **CASES.get(case, {})}
     built, preprocessing = vit.build(model, weights, len(classes))
@@ -67,6 +67,7 @@ def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLAS
         if p.requires_grad:
             p.data += 0.15 * torch.randn(p.shape, generator=generator)
     info = {**settings, "model": model, "weights": weights, "seed": 0, "trunk": trunk}
-    info |= {"eps": built.encoder.ln.eps, "classes": classes, "preprocessing": preprocessing}
+    info |= {"eps": built.encoder.ln.eps, "classes": classes}
+    info["preprocessing"] = {**preprocessing, **seen}
     checkpoint.save_adapter(path, built, info)
     return built.eval()

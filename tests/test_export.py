@@ -22,7 +22,7 @@ import checkpoint
 import data
 import export
 import vit
-from lora import LoRALinear, replace_linear
+from lora import LoRALinear, mark_trainable, replace_linear
 
 every_case = pytest.mark.parametrize("case", CASES)
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
@@ -70,6 +70,11 @@ def test_a_folder_opens_in_peft_with_our_logits(case, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(IMAGES).logits, logits, rtol=0, atol=1e-5)
     assert theirs.config.id2label[1] == "crème brûlée"
+    if case != "loha-bias":  # PEFT trains and keeps biases with LoRA alone
+        theirs.save_pretrained(tmp_path / "resaved")
+        export.from_peft(tmp_path / "resaved", tmp_path / "b.safetensors", classes="x,y,z")
+        a, b = (checkpoint.read_adapter(tmp_path / f"{n}.safetensors")[0] for n in "ab")
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     # the controls: a wrong alpha, a layer that is not there
     alpha = "lora_alpha" if "lora" in case else "alpha"
     for n, wrong in enumerate(
@@ -88,7 +93,8 @@ def test_a_folder_opens_in_peft_with_our_logits(case, tmp_path):
 
 
 def test_prediction_in_the_way_of_peft_s_documentation(tmp_path):
-    model = write_adapter(tmp_path / "a.safetensors", "lokr")
+    seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875, "image_size": 28}
+    model = write_adapter(tmp_path / "a.safetensors", "lokr", **seen)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     write_image(tmp_path / "image.jpg", 3, 1, (60, 84))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "folder")
@@ -99,9 +105,9 @@ def test_prediction_in_the_way_of_peft_s_documentation(tmp_path):
         ours = model(encoding["pixel_values"])
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     split = data.Split(np.zeros(1, np.int64), [str(tmp_path / "image.jpg")])
-    pixels, _ = next(data.batches(split, 1, {**vit.HALF, "image_size": 28}, workers=0))
+    pixels, _ = next(data.batches(split, 1, seen, workers=0))
     difference = (pixels - encoding["pixel_values"]).abs()
-    assert difference.mean() < 0.02 < pixels.std() / 5, "the folder says how we see an image"
+    assert difference.mean() < 0.1 < pixels.std() / 5, "the folder says how we see an image"
 
 
 def test_a_trunk_of_hugging_face_s_needs_no_copy(tmp_path):
@@ -175,7 +181,8 @@ def test_older_transformers_find_every_layer_and_no_other(case, tmp_path):
 
 @every_case
 def test_there_and_back_keeps_every_tensor_bit_for_bit(case, tmp_path):
-    write_adapter(tmp_path / "a.safetensors", case)
+    seen = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop": 0.875, "image_size": 28}
+    write_adapter(tmp_path / "a.safetensors", case, **seen)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     export.from_peft(tmp_path / "folder", tmp_path / "b.safetensors")
     (a, told), (b, told_back) = (
@@ -196,6 +203,7 @@ def test_there_and_back_keeps_every_tensor_bit_for_bit(case, tmp_path):
 PEFT_S = {
     "lora": peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.1, target_modules=["q_proj", "fc2"]),
     "lora-bias": peft.LoraConfig(r=3, lora_alpha=7, bias="all", target_modules="all-linear"),
+    "lora-own": peft.LoraConfig(r=3, lora_alpha=7, bias="lora_only", target_modules=["q_proj"]),
     "loha": peft.LoHaConfig(r=2, alpha=5, module_dropout=0.1, target_modules=r".*\.(q|o)_proj"),
     "lokr": peft.LoKrConfig(r=2, alpha=5, target_modules=["fc1", "v_proj"], rank_dropout=0.1),
     "lokr-both": peft.LoKrConfig(
@@ -404,6 +412,18 @@ def test_endings_are_the_shortest_that_no_other_layer_has():
     assert export.endings(["b.out"], ["a.out"]) == ["b.out"]
     with pytest.raises(ValueError, match="out: expected a name that ends no other"):
         export.endings(["out"], ["a.out"])
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(3, 5.0), (2, 1 / 3), (7, 0.1)])
+def test_alpha_is_the_one_that_was_given(rank, alpha, tmp_path):
+    """The layer keeps alpha / rank alone: times rank, that can be a hair off."""
+    model = nn.Sequential(nn.Linear(9, 8))
+    replace_linear(model, lambda layer: LoRALinear(layer, rank=rank, alpha=alpha), head="")
+    mark_trainable(model, head="")
+    export.save_peft(model, tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == pytest.approx(alpha, abs=1e-15)
+    assert config["lora_alpha"] / rank == model[0].scale
 
 
 def test_models_that_peft_cannot_hold_are_refused(tmp_path):

@@ -70,6 +70,9 @@ def test_other_classes_get_a_fresh_head(pets, capsys):
     write_adapter("b.safetensors", "lora", classes=["x", "y", "z"])
     assert train.main([*QUICK, "--init-adapter", "b.safetensors", "--out", "named"]) == 0
     assert "a fresh head" in capsys.readouterr().out
+    export.to_peft("b.safetensors", "folder")  # a folder with names
+    assert train.main([*QUICK, "--init-adapter", "folder", "--out", "foreign"]) == 0
+    assert "a fresh head" in capsys.readouterr().out
     assert not torch.equal(
         tensors("named/adapter.safetensors")["heads.head.weight"],
         tensors("b.safetensors")["heads.head.weight"],

@@ -190,6 +190,10 @@ def test_in21k_is_downloaded_once_and_its_absence_is_one_line(nowhere):
     with pytest.raises(OSError, match=r"hf download google/vit-base") as error:
         vit.find_in21k(url + "-not")
     assert str(nowhere / "home") in str(error.value) and "\n" not in str(error.value)
+    broken = nowhere / "remote" / "broken"
+    broken.write_bytes((nowhere / "remote" / "model.safetensors").read_bytes()[:-2])
+    with pytest.raises(OSError, match=r"cannot be downloaded \(.*ncomplete"):
+        vit.find_in21k(broken.as_uri())
     place = vit.find_in21k(url)
     assert place.read_bytes() == (nowhere / "remote" / "model.safetensors").read_bytes()
     assert vit.find_in21k("file:///nowhere") == place
