@@ -244,9 +244,7 @@ def start_settings(path: str | Path) -> dict:
     settings["targets"] = targets_of(bare, layers)
     try:
         weights = weights_of(Path(path))
-    except (
-        ValueError
-    ):  # a name of a model that is not here: train says so, unless it is given another
+    except ValueError:  # a model that is not here: train says so, unless it is given another
         weights = str(vit.read_json(Path(path) / CONFIG).get("base_model_name_or_path"))
     size = our_preprocessing(Path(path)).get("image_size")
     return {**settings, "model": name, "weights": weights, "image_size": size}
@@ -350,7 +348,7 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
         else:
             with open(
                 temporary, "wb"
-            ) as opened:  # an OSError, where torch's own file has a RuntimeError
+            ) as opened:  # which has OSErrors, where torch has RuntimeErrors
                 torch.save(state, opened)
     arguments = [f"num_classes={len(info['classes'])}"]
     if eps != vit.EPS:  # a state dict cannot say it
@@ -391,10 +389,8 @@ def run(argv: list[str] | None) -> None:
         shown = {key: info[key] for key in ("rank", "alpha", "targets", "weights")}
         print(f"{given.adapter}: {info['adapter']}, {len(info['classes'])} classes, {shown}")
     else:
-        error(
-            f"{'--to' if given.to else '--from'} {kind}: expected peft"
-            + " or torchvision" * bool(given.to)
-        )
+        flag, known = ("--to", "peft or torchvision") if given.to else ("--from", "peft")
+        error(f"{flag} {kind}: expected {known}")
 
 
 def main(argv: list[str] | None = None) -> int:

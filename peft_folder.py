@@ -35,14 +35,8 @@ HARMLESS = """
     lora_dropout rank_dropout rank_dropout_scale module_dropout init_weights init_lora_weights
     decompose_both decompose_factor use_effective_conv2d megatron_core qalora_group_size runtime_config
 """.split()
-STARTS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-    "lycoris",
-)  # that leave the base's weights alone
+# Initialisations that leave the base's weights alone.
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "lycoris")
 
 
 def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = "") -> None:
@@ -223,11 +217,11 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     for key in tensors:
         if not key.startswith(PREFIX):
             raise ValueError(f"{file}: {key}: expected a key that begins with {PREFIX}")
+    # With bias="all" PEFT adds the head as it was at the start, as original_module: not wanted.
     tensors = {
         key.removeprefix(PREFIX).replace(".modules_to_save.", "."): tensor
         for key, tensor in tensors.items()
-        if ".original_module."
-        not in key  # with bias="all" PEFT adds the head's as it was at the start
+        if ".original_module." not in key
     }
     if not layers_of(tensors):
         raise ValueError(

@@ -375,11 +375,10 @@ def imagenet(data_dir: str | None):
     """ImageNet-1k: train/<id>/ and val/<id>/, or Kaggle's ILSVRC/Data/CLS-LOC with its flat val/."""
 
     def fits(folder: Path) -> bool:
-        if (
-            not (folder / "val").is_dir() or (folder / "wnids.txt").exists()
-        ):  # that is Tiny-ImageNet
+        tiny = (folder / "wnids.txt").exists()
+        if tiny or not all((folder / part).is_dir() for part in ("train", "val")):
             return False
-        first = subfolders(folder / "train")[:1] if (folder / "train").is_dir() else []
+        first = subfolders(folder / "train")[:1]
         return bool(first) and re.fullmatch(r"n\d{8}", first[0].name) is not None
 
     root = find(

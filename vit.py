@@ -58,10 +58,7 @@ NAMES = (*PRETRAINED, "in21k", "embedded", "none")  # of weights; anything else 
 
 IN21K = "google/vit-base-patch16-224-in21k"
 KAGGLE = Path("/kaggle/input")
-FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # what Hugging Face calls the tensors in a folder
+FILES = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face calls a folder's tensors
 EPS = 1e-6  # of LayerNorm in torchvision and timm
 HF_EPS = 1e-12  # in Hugging Face's ViT, unless its config.json says otherwise
 
@@ -355,9 +352,8 @@ def to_ours(state: dict, model: str, layout: str) -> dict:
     state = {key.removeprefix("vit."): tensor for key, tensor in state.items()}
     ours = {}
     for name, theirs in names(model, layout).items():
-        for end in (
-            ("",) if name in ("class_token", "encoder.pos_embedding") else (".weight", ".bias")
-        ):
+        bare = name in ("class_token", "encoder.pos_embedding")
+        for end in ("",) if bare else (".weight", ".bias"):
             ours[theirs + end] = (name + end).replace(".in_proj.", ".in_proj_")
     if missing := [key for key in ours if key not in state]:
         raise ValueError(f"{missing[0]}: expected a tensor, found none ({len(missing)} such)")
