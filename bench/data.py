@@ -96,8 +96,10 @@ def measure(count: int, source: tuple[int, int], size: int, cache: bool, options
                 start = time.perf_counter()
                 if epoch == 0:
                     data.keep(split, Path(folder) / f"cache{turn}", size, cache, workers)
+                # what is kept is read in this process where the device is a CPU
+                few = workers if split.pixels is None else None
                 batches = data.batches(
-                    split, BATCH, preprocessing, device, train=True, epoch=epoch, workers=workers
+                    split, BATCH, preprocessing, device, train=True, epoch=epoch, workers=few
                 )
                 seconds(batches, device)
                 times.append(time.perf_counter() - start)

@@ -279,7 +279,8 @@ def small(tmp_path, images=12):
 def test_small_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     split = small(tmp_path)
     data.keep(split, tmp_path / "cache")
-    assert isinstance(split.pixels, np.memmap) and split.pixels.shape == (24, 64, 64, 3)
+    assert split.pixels.shape == (24, 64, 64, 3)
+    assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".pixels"]
     for row in (0, 7, 23):
         with Image.open(split.files[row]) as image:
             assert np.array_equal(np.array(image.convert("RGB")), split.pixels[row])
