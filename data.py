@@ -81,10 +81,11 @@ def batches(
         [(stand_in(split, row), None if draws is None else draws[row].tolist()) for row in chunk]
         for chunk in map(torch.Tensor.tolist, chunks)
     )
-    cpu = device.type == "cpu"
-    if isinstance(split.pixels, np.ndarray) and not cpu:
+    cpu, pinned = device.type == "cpu", device.type == "cuda"
+    small, kept = isinstance(split.pixels, np.ndarray), split.pixels is not None
+    if small and not cpu:
         loader = (crops.on_device(wanted, device) for wanted in asked)
-    elif cpu and (workers == 0 or (workers is None and split.pixels is not None)):
+    elif cpu and (workers == 0 or small or (kept and workers is None)):
         loader = (crops.on_cpu(map(crops.readable, wanted), len(wanted)) for wanted in asked)
     else:
         loader = DataLoader(
@@ -92,18 +93,18 @@ def batches(
             batch_sampler=asked,
             num_workers=usable(workers),
             collate_fn=crops.collate,
-            pin_memory=not cpu,
+            pin_memory=pinned,
             generator=torch.Generator(),  # it draws a number for each worker: not from the run's own
         )
         loader = (crops.mend(*batch) for batch in loader)
         if cpu:
             loader = (crops.on_cpu(images, len(images)) for images in loader)
         else:
-            loader = (crops.normalise(images.to(device, non_blocking=True)) for images in loader)
+            loader = (crops.normalise(images.to(device, non_blocking=pinned)) for images in loader)
     for chunk, images in zip(chunks, loader, strict=True):
         rows = [stand_in(split, row) for row in chunk.tolist()]
         labels = torch.from_numpy(split.labels[rows])
-        yield images, labels.to(device, non_blocking=True)
+        yield images, labels.to(device)
 
 
 class Crops(TorchDataset):
@@ -136,16 +137,20 @@ class Crops(TorchDataset):
             return resize_crop(pixels, box, flip, self.size)
         try:
             with opened(self.split.files[row]) as image:
-                turned = image.getexif().get(ORIENTATION, 1) >= 5  # on its side: width is height
-                width, height = image.size[::-1] if turned else image.size
-                box, flip = self.box(draws, height, width)
-                # A JPEG decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop has size.
-                need = (
-                    math.ceil(self.size * width / box[2]),
-                    math.ceil(self.size * height / box[3]),
-                )
-                image.draft("RGB", need[::-1] if turned else need)
-                image = upright_rgb(image)
+                if image.format == "JPEG":
+                    # On its side, its width is its height.
+                    turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+                    width, height = image.size[::-1] if turned else image.size
+                    box, flip = self.box(draws, height, width)
+                    # It decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop has size.
+                    sides = zip((width, height), box[2:], strict=True)
+                    need = [math.ceil(self.size * side / part) for side, part in sides]
+                    image.draft("RGB", need[::-1] if turned else need)
+                    image = upright_rgb(image)
+                else:
+                    image = upright_rgb(image)
+                    width, height = image.size
+                    box, flip = self.box(draws, height, width)
         except ValueError as error:
             return row, draws, str(error)
         if image.width != width:  # a box of whole pixels would be too coarse at a smaller scale
@@ -189,7 +194,7 @@ class Crops(TorchDataset):
         boxes, flips = torch.tensor(boxes).T, torch.tensor(flips)
         if device.type == "cuda":
             images = images.pin_memory()
-        images = self.normalise(images.to(device, non_blocking=True))
+        images = self.normalise(images.to(device, non_blocking=device.type == "cuda"))
         return resize(images, boxes.to(device), flips.to(device), self.size)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -283,16 +288,19 @@ def opened(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL meets broken files with errors of any type
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Decode an opened image, turned as its EXIF tag says, as RGB."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # 0..65535, which convert would cut off at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):  # of no known range
+        raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits a channel")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -356,6 +364,7 @@ def keep(
     size: int = 224,
     cache: bool = False,
     workers: int | None = None,
+    small: bool | None = None,
 ) -> None:
     """Decode a split once and for all into a file in the folder, or find it there: small images always,
     others if cache says so, resized so that evaluation's centre crop needs no more.
@@ -365,12 +374,13 @@ def keep(
 
     size: pixels of a side that the model wants; images are kept with a shorter side of 256 / 224 of it.
     workers: processes that decode; None for one per usable core.
+    small: whether to take the images for small ones; None for what the first of them is.
     Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
     if split.pixels is not None:
         return
     first = first_size(split.files)
-    small = max(first) <= SMALL
+    small = max(first) <= SMALL if small is None else small
     if not small and not cache:
         return
     side = None if small else round(size * 256 / 224)
@@ -379,6 +389,8 @@ def keep(
     try:
         index = read_index(source, whole) or write_pixels(source, whole, workers)
     except TooLarge:  # a photograph among icons
+        if cache:
+            keep(split, folder, size, True, workers, small=False)
         return
     except OSError as error:
         instead = "they are kept in memory" if small else "they are decoded in each epoch"
@@ -392,7 +404,7 @@ def keep(
         source = np.concatenate(parts)
     for row, reason in index["bad"].items():
         mark_bad(split, int(row), reason)
-    sizes = np.array(index["sizes"])
+    sizes = np.array(index["sizes"], np.int64)
     if small and (sizes == first).all():
         split.pixels = opened_bytes(source).reshape(len(split), *first[::-1], 3)
     else:
@@ -417,13 +429,14 @@ class Whole(TorchDataset):
         """uint8 (H, W, 3), or what is wrong with the file."""
         try:
             with opened(self.files[row]) as image:
-                if self.side is None and max(image.size) > SMALL:
-                    raise TooLarge
+                large = self.side is None and max(image.size) > SMALL
                 if self.side:
                     image.draft("RGB", (self.side, self.side))  # not below it
-                image = upright_rgb(image)
+                image = image if large else upright_rgb(image)
         except ValueError as error:
             return str(error)
+        if large:
+            raise TooLarge
         if self.side and min(image.size) > self.side:
             share = self.side / min(image.size)
             wide, high = (max(self.side, round(length * share)) for length in image.size)
@@ -458,7 +471,7 @@ class Whole(TorchDataset):
     def name(self) -> str:
         """Of the file for these paths and this side."""
         text = "\n".join([str(self.side), *map(os.path.abspath, self.files)])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def identity(self) -> str:
         """Of what lies at the paths now: the size and time of each file."""
@@ -477,7 +490,8 @@ def read_index(path: Path, whole: Whole) -> dict | None:
     try:
         index = json.loads(path.with_suffix(".json").read_text())
         fits = path.stat().st_size == sum(3 * high * wide for high, wide in index["sizes"])
-        return index if fits and index["identity"] == whole.identity() else None
+        healed = any(not isinstance(whole[int(row)], str) for row in index["bad"])
+        return index if fits and index["identity"] == whole.identity() and not healed else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -14,6 +14,7 @@ import json
 import os
 import pickle
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import ViT_B_16_Weights
 
 ASSETS = Path(__file__).parent / "assets"
+PICTURES = (".heic", ".heif", ".avif", ".gif", ".jfif", ".jp2", ".svg")  # that are not read
 
 
 @dataclass
@@ -38,6 +40,9 @@ class Split:
     files: list[str] | None = None
     pixels: np.ndarray | None = None  # (N, H, W, 3) uint8; or data.Kept, for images of many sizes
     bad: dict[int, str] = field(default_factory=dict)  # rows that cannot be read, and why
+
+    def __post_init__(self):
+        self.labels = np.asarray(self.labels, np.int64)  # NumPy 1's default on Windows has 32 bits
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,25 +101,27 @@ def load(
         fetch(name, data_dir or "data")
         splits, names = SOURCES[name](data_dir or "data")
     wanted = classes.split(",") if isinstance(classes, str) else classes or []
-    wanted = [name.strip() for name in wanted]
+    wanted = [name.strip() for name in wanted if name.strip()]
     for unknown in sorted(set(wanted) - set(names)):
         near = get_close_matches(unknown, names, n=3) or names[:3]
         raise ValueError(f"classes: {name} has no {unknown!r}; did you mean {', '.join(near)}?")
     chosen = np.isin(names, wanted or names)
+    # The keys of the whole split: an image is held out or not whatever --classes says.
+    files = splits["train"].files
+    keys = np.array(relative(files) if files else [*map(str, range(len(splits["train"])))])
     for key, split in splits.items():
-        split = split.rows(np.flatnonzero(chosen[split.labels])) if wanted else split
-        splits[key] = split.rows(even_rows(split.labels, limit)) if limit else split
+        rows = np.flatnonzero(chosen[split.labels])
+        rows = rows[even_rows(split.labels[rows], limit)] if limit else rows
+        splits[key], keys = split.rows(rows), keys[rows] if key == "train" else keys
     if holdout:
         train = splits["train"]
-        keys = relative(train.files) if train.files else [str(row) for row in range(len(train))]
-        kept, held = stratified(keys, train.labels, [1 - holdout])
+        kept, held = stratified(keys.tolist(), train.labels, [1 - holdout])
         splits.setdefault("test", splits["val"])
         splits |= {"train": train.rows(kept), "val": train.rows(held)}
     for key, split in splits.items():
         if not len(split):
-            raise ValueError(
-                f"{name}: no image is left in its {key} split; check --classes and --limit"
-            )
+            why = "check --classes" if wanted else "to be split, a class needs two images or more"
+            raise ValueError(f"{name}: its {key} split has no image; {why}")
     return Dataset(names, **splits)
 
 
@@ -138,7 +145,8 @@ def stratified(names: list[str], labels: np.ndarray, shares: list[float]) -> lis
     Within a class the order is that of a hash of each name: it does not depend on where the data lies
     (see relative), on the order of listing, or on a version of a random generator.
     """
-    by_hash = np.argsort([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names]
+    by_hash = np.argsort([digest.hexdigest() for digest in hashes])
     ranks, sizes = np.empty(len(labels), np.int64), np.bincount(labels)
     ranks[by_hash] = class_ranks(labels[by_hash])
     ends = [np.floor(sizes * share + 1e-9).clip(1)[labels] for share in np.cumsum(shares)]
@@ -147,9 +155,11 @@ def stratified(names: list[str], labels: np.ndarray, shares: list[float]) -> lis
 
 
 def relative(files: list[str]) -> list[str]:
-    """The paths from the folder that holds them all, with / between their parts."""
+    """The paths from the folder that holds them all, with / between their parts, and accents as all
+    systems but macOS write them."""
     root = os.path.commonpath([os.path.dirname(file) for file in files])
-    return [file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files]
+    paths = (file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files)
+    return [unicodedata.normalize("NFC", path) for path in paths]
 
 
 def find(title: str, data_dir: str | None, fits: Callable[[Path], bool], needs: str) -> Path:
@@ -180,18 +190,25 @@ def subfolders(folder: Path) -> list[Path]:
 
 def list_classes(root: Path, classes: list[str], may_lack: bool = False):
     """The image files below root/<class>/ of each class, sorted, and their labels."""
-    files, labels = [], []
+    files, labels, other = [], [], Counter()
     for label, name in enumerate(classes):
-        found = sorted(
+        there = [
             os.path.join(path, file)
-            for path, _, there in os.walk(root / name)
-            for file in there
-            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-        )
+            for path, _, found in os.walk(root / name)
+            for file in found
+            if not file.startswith(".")
+        ]
+        found = sorted(file for file in there if file.lower().endswith(IMG_EXTENSIONS))
+        other.update(os.path.splitext(file)[1].lower() for file in set(there) - set(found))
         if not found and not may_lack:
-            raise ValueError(f"{root / name}: no images; put some in or remove the folder")
+            known = ", ".join(IMG_EXTENSIONS)
+            raise ValueError(
+                f"{root / name}: no images ({known}); put some in or remove the folder"
+            )
         files += found
         labels += [label] * len(found)
+    if left := {ending: other[ending] for ending in PICTURES if other[ending]}:
+        print(f"{root}: left out {left}; save such pictures as .jpg or .png")
     return files, np.array(labels, np.int64)
 
 
@@ -322,6 +339,11 @@ def food101(data_dir: str | None):
         for key, part in (("train", "train"), ("val", "test"))
     }
     classes = sorted(listed["train"])
+    if lacking := [name for name in classes if not (root / "images" / name).is_dir()]:
+        raise ValueError(
+            f"{root / 'images'}: {len(lacking)} classes are not there, the first {lacking[0]}; the data set "
+            "is not whole: remove it and get it again"
+        )
     splits = {
         key: Split(
             np.repeat(np.arange(len(classes)), [len(names[name]) for name in classes]),
@@ -425,41 +447,48 @@ def imagenet_names(root: Path, ids: list[str]) -> list[str]:
         return ids
 
 
+VALIDATION, TESTS = ("val", "valid", "validation"), ("test", "testing")
+
+
 def folder(data_dir: str | None):
     """Class folders of one's own: DIR/train/cat/*.jpg and DIR/val/cat/*.jpg (or valid, or validation;
     DIR/test/cat/*.jpg if there is one), or DIR/cat/*.jpg, of which one image in five validates."""
-    root = Path(data_dir or "data")
-    if not root.is_dir():
+    root = Path(data_dir or "")
+    if not data_dir or not root.is_dir():
         raise FileNotFoundError(
-            f"{root.absolute()} not found: --dataset folder needs --data-dir with a folder for each class"
+            f"--data-dir {data_dir}: no such folder; --dataset folder needs one with a folder for each class"
         )
-    inside = {path.name: path for path in subfolders(root)}
+    inside = {path.name.lower(): path for path in subfolders(root)}
     split = "train" in inside and subfolders(inside["train"])  # else it is a class of trains
-    top, val = (inside["train"], None) if split else (root, None)
-    if split:
-        val = next(
-            (inside[name] for name in ("val", "valid", "validation") if name in inside), None
-        )
+    top = inside["train"] if split else root
     classes = [path.name for path in subfolders(top)]
-    if len(classes) < 2:
-        found = f"{classes[0]} alone; is it --data-dir {top / classes[0]}?" if classes else "none"
+    if len(classes) < 2 or (
+        not split and set(inside) <= {*VALIDATION, *TESTS, "train", "training"}
+    ):
+        found = " and ".join(classes) or "none"
+        hint = f"is it --data-dir {top / classes[0]}?" if len(classes) == 1 else "see README"
         raise ValueError(
-            f"{top}: expected a folder of images for each of the classes, found {found}"
+            f"{top}: expected a folder of images for each class, found {found}; {hint}"
         )
     files, labels = list_classes(top, classes)
     everything = Split(labels, files)
-    if not val:
-        rows = stratified(relative(files), labels, [0.8])
-        return dict(zip(("train", "val"), map(everything.rows, rows), strict=True)), classes
     splits = {"train": everything}
-    for key, place in (("val", val), ("test", inside.get("test"))):
-        if place and (there := subfolders(place)):
+    for key, names in (("val", VALIDATION), ("test", TESTS)):
+        if place := next((inside[name] for name in names if split and name in inside), None):
+            there = subfolders(place)
+            if not there and key == "test":  # unlabelled, as a competition's is
+                continue
+            if not there:
+                raise ValueError(f"{place}: expected a folder for each class; sort it or remove it")
             if unknown := [path for path in there if path.name not in classes]:
                 raise ValueError(
                     f"{unknown[0]}: a class that {top} lacks; add it there or remove it"
                 )
             part_files, part_labels = list_classes(place, classes, may_lack=True)
             splits[key] = Split(part_labels, part_files)
+    if "val" not in splits:
+        rows = stratified(relative(files), labels, [0.8])
+        splits |= zip(("train", "val"), map(everything.rows, rows), strict=True)
     return splits, classes
 
 

@@ -6,6 +6,7 @@ import http.server
 import os
 import pickle
 import shutil
+import sys
 import tarfile
 import threading
 from functools import partial
@@ -163,10 +164,10 @@ def test_a_folder_with_train_and_val_is_taken_as_it_is(tmp_path):
 def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data-dir"):
         sources.load("folder", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="each of the classes, found none"):
+    with pytest.raises(ValueError, match="for each class, found none"):
         sources.load("folder", str(tmp_path))
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"found photos alone; is it --data-dir .*photos"):
+    with pytest.raises(ValueError, match=r"found photos; is it --data-dir .*photos"):
         sources.load("folder", str(tmp_path))
     shutil.rmtree(tmp_path / "photos")
     pets(tmp_path, ("train", "val"))
@@ -420,3 +421,83 @@ def test_a_folder_of_very_many_folders_is_not_searched(tmp_path):
         sources.load("cifar100", str(tmp_path))
     shutil.rmtree(tmp_path / "many" / "100")
     assert len(sources.load("cifar100", str(tmp_path)).classes) == 100
+
+
+@pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("train", "validation", "testing")])
+def test_split_folders_in_any_case_and_with_a_test(names, tmp_path):
+    pets(tmp_path, names, images=3)
+    dataset = sources.load("folder", str(tmp_path))
+    assert dataset.classes == ["cat", "dög 2"]
+    for split, name in zip((dataset.train, dataset.val, dataset.test), names, strict=True):
+        assert len(split) == 6 and all(f"/{name}/" in file for file in split.files)
+
+
+def test_train_and_test_without_val(tmp_path):
+    pets(tmp_path, ("train", "test"))
+    dataset = sources.load("folder", str(tmp_path))
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [16, 4, 20]
+    shutil.rmtree(tmp_path / "test")
+    write_image(tmp_path / "test" / "1.jpg", 0, 0)  # unlabelled
+    assert sources.load("folder", str(tmp_path)).test is None
+    write_image(tmp_path / "val" / "1.jpg", 0, 0)
+    with pytest.raises(ValueError, match="val: expected a folder for each class"):
+        sources.load("folder", str(tmp_path))
+
+
+def test_folders_that_are_all_splits_are_no_classes(tmp_path):
+    pets(tmp_path, ("training", "testing"))
+    with pytest.raises(ValueError, match="found testing and training; see README"):
+        sources.load("folder", str(tmp_path))
+
+
+def test_what_is_held_out_does_not_depend_on_classes_or_mount(tmp_path):
+    trees.food101(tmp_path / "a", train=20)
+    shutil.copytree(tmp_path / "a", tmp_path / "somewhere" / "else")
+
+    def held(place, **chosen):
+        val = sources.load("food101", str(tmp_path / place), holdout=0.3, **chosen).val
+        return {Path(file).name for file in val.files if "beignets" in file}
+
+    assert len(held("a")) == 6
+    assert held("a") == held("a", classes="beignets") == held("somewhere")
+
+
+def test_holdout_leaves_a_test_split_alone():
+    plain, held = sources.load("demo"), sources.load("demo", holdout=0.25)
+    assert len(held.train) == 3000 and len(held.val) == 1000
+    assert np.array_equal(held.test.pixels, plain.test.pixels)
+
+
+def test_the_split_is_the_same_everywhere_and_for_ever():
+    names = [f"{c}/{i}.jpg" for c in ("cat", "dög") for i in range(10)]
+    _, val = sources.stratified(names, np.repeat([0, 1], 10), [0.7])
+    assert val.tolist() == [6, 7, 9, 10, 16, 17]
+    assert sources.relative(["/a/o\u0308/1.jpg", "/a/u/2.jpg"]) == ["ö/1.jpg", "u/2.jpg"]
+
+
+def test_a_data_set_that_is_not_whole_is_refused(tmp_path):
+    trees.food101(tmp_path)
+    shutil.rmtree(tmp_path / "images" / "cheesecake")
+    with pytest.raises(ValueError, match="1 classes are not there, the first cheesecake"):
+        sources.load("food101", str(tmp_path))
+
+
+def test_pictures_that_are_not_read_are_counted(tmp_path, capsys):
+    pets(tmp_path)
+    (tmp_path / "cat" / "phone.HEIC").write_bytes(b"whatever")
+    sources.load("folder", str(tmp_path))
+    assert "left out {'.heic': 1}" in capsys.readouterr().out
+    (tmp_path / "horse").mkdir()
+    with pytest.raises(ValueError, match=r"horse: no images \(\.jpg, "):
+        sources.load("folder", str(tmp_path))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_no_text(tmp_path):
+    pets(tmp_path)
+    os.rename(
+        os.fsencode(tmp_path / "cat" / "1 ü.jpg"), os.fsencode(tmp_path / "cat") + b"/\xff.jpg"
+    )
+    dataset = sources.load("folder", str(tmp_path))
+    keep(dataset.train, tmp_path / "cache", cache=True)
+    assert len(dataset.train) + len(dataset.val) == 20
