@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     workers: int | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (images, labels) on the device, once through the split.
 
@@ -66,6 +68,7 @@ def batches(
     flip: mirror left to right, each image with probability one half.
     workers: processes that read images; 0 reads them in this process. None for one per usable core, or
         for 0 where images are kept and the device is a CPU. Small images that are kept need none.
+    start: how many images of this epoch to leave out, as a run that goes on has seen them.
 
     Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
@@ -75,7 +78,7 @@ def batches(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(split), generator=generator)
         draws = torch.rand(len(split), 5, generator=generator)
-    chunks = order.split(batch_size)
+    chunks = order[start:].split(batch_size)
     crops = Crops(split, preprocessing, min_crop, flip)
     asked = (
         [(stand_in(split, row), None if draws is None else draws[row].tolist()) for row in chunk]
@@ -94,6 +97,7 @@ def batches(
             collate_fn=crops.collate,
             pin_memory=not cpu,
             generator=torch.Generator(),  # it draws a number for each worker: not from the run's own
+            worker_init_fn=ignore_interrupts,
         )
         loader = (crops.mend(*batch) for batch in loader)
         if cpu:
@@ -104,6 +108,11 @@ def batches(
         rows = [stand_in(split, row) for row in chunk.tolist()]
         labels = torch.from_numpy(split.labels[rows])
         yield images, labels.to(device, non_blocking=True)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """In a worker process: ctrl-C reaches it too, but the run wants its last batches before it stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Crops(TorchDataset):

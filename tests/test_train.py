@@ -55,6 +55,7 @@ def test_default_run_leaves_its_files(default_run):
     names = {file.name for file in run_dir.iterdir() if not file.name.startswith("events.")}
     assert names == {
         "adapter.safetensors",
+        "last.pt",
         "config.json",
         "metrics.csv",
         "curves.png",
@@ -222,7 +223,7 @@ def test_the_loop_is_adamw_with_a_linear_schedule_whatever_the_accumulation(
         [list(data.batches(run.dataset.train, 20, epoch=epoch, **wide)) for epoch in range(2)],
     )
     # the last epoch's tensors, not the best one's
-    monkeypatch.setattr(checkpoint, "restore", lambda model, path: None)
+    monkeypatch.setattr(checkpoint, "put", lambda model, tensors: None)
     train.fit(run)
     for name, p in run.model.named_parameters():
         if name in oracle:
@@ -386,7 +387,7 @@ def test_broken_images_are_replaced_and_listed_or_stop_the_run(workers, tmp_path
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.time, "strftime", lambda form: "20260101-120000")
-    folders = [train.make_folder(train.Config()).name for _ in range(3)]
+    folders = [train.make_folder(train.Config())[0].name for _ in range(3)]
     name = "demo-lora-0-20260101-120000"
     assert folders == [name, f"{name}-2", f"{name}-3"]
 
