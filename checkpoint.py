@@ -207,6 +207,13 @@ def load_adapter(
     return model.to(device).eval(), info
 
 
+def seed_generators(seed: int) -> None:
+    """Start every random generator that a library may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def generators() -> dict:
     """The states of the random generators, of kinds that torch.load reads without unpickling objects."""
     name, words, *rest = np.random.get_state()  # noqa: NPY002 (what libraries draw from)

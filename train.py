@@ -5,6 +5,7 @@
     python train.py --recipe tiny-imagenet-lora       # ViT-B/16 and Tiny-ImageNet, best on a GPU
     python train.py --init-adapter runs/x/adapter.safetensors      # on from an adapter, or a PEFT folder
     python train.py --out runs/x --resume             # on where runs/x was stopped, bit for bit
+    torchrun --nproc_per_node=2 train.py              # two processes share each batch
 
 or, in a notebook, the same with
 
@@ -18,20 +19,25 @@ import itertools
 import json
 import math
 import operator
+import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import IO, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -84,7 +90,7 @@ class Config:
         None, "adapter file or PEFT folder to start from; settles trunk and adapter unless given"
     )
     epochs: int = option(5, "passes through the training split")
-    batch_size: int = option(64, "images to a forward and backward")
+    batch_size: int = option(64, "images to a forward and backward, of all processes")
     grad_accum: int = option(1, "batches to a step of the optimizer")
     lr: float = option(1e-3, "learning rate of the first step; falls linearly to zero")
     weight_decay: float = option(0.01, "AdamW's weight decay")
@@ -205,32 +211,40 @@ def train(config: Config) -> dict:
 
     Raises ValueError or OSError, before anything is written, for a config or data that cannot work.
     """
-    return fit(prepare(config))
+    try:
+        result = fit(prepare(config))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(smaller(config, error)) from None
+    if world() > 1:
+        dist.destroy_process_group()
+    return result
 
 
 def prepare(config: Config) -> Run:
     """Check the config, load data and trunk, adapt the trunk and make the run's folder."""
     check(config)
-    device = pick_device(config.device)
+    device = pick_device(join(config.device))
     dtype = pick_dtype(config.amp, device)
-    torch.manual_seed(config.seed)
+    checkpoint.seed_generators(config.seed)
     c = config
-    dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
-    if c.test and dataset.test is None:
-        raise ValueError(f"--test: {c.dataset} has no test split, only train and validation")
-    model, preprocessing = vit.build(
-        c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
-    )
-    arguments = {key: getattr(config, key) for key in checkpoint.ADAPT}
-    trainable, total = checkpoint.adapt(
-        model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
-    )
-    check_rank(config, model)
-    if c.init_adapter:
-        print(export.start(model, c.init_adapter, dataset.classes))
     cache_dir = c.cache_dir or (Path(c.out).parent if c.out else Path("runs")) / "cache"
-    for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
-        data.keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
+    with in_turn():
+        dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
+        check_sizes(config, dataset)
+        model, preprocessing = vit.build(
+            c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
+        )
+        arguments = {key: getattr(config, key) for key in checkpoint.ADAPT}
+        trainable, total = checkpoint.adapt(
+            model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
+        )
+        check_rank(config, model)
+        if c.init_adapter:
+            print(export.start(model, c.init_adapter, dataset.classes))
+        for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
+            data.keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
     info = {
         **arguments,
         "model": config.model,
@@ -249,14 +263,12 @@ def fit(run: Run) -> dict:
     """Train for the epochs of the config, evaluate after each, keep the best, draw the pictures."""
     config = run.config
     model = run.model.to(run.device)
-    forward = Autocast(model, run.device, run.dtype)
-    if many_gpus(run.device):
-        forward = nn.DataParallel(forward)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     with run.lock, Signals() as signals:
         at = Progress(run, optimizer, scaler)
+        forward = spread(Autocast(model, run.device, run.dtype), run.device)
         if at.result and (not config.test or "test_loss" in at.result):
             print(f"{run.folder}: finished already, nothing is left to train")
             print(f"Validation Accuracy: {at.best['val_accuracy']:.2%}")
@@ -340,6 +352,7 @@ class Progress:
         self.file = run.folder / "last.pt"
         if run.config.resume:
             self.load()
+            meet_at(self.done, run.device)
 
     def due(self) -> bool:
         return time.monotonic() - self.clock >= 60 * self.run.config.save_minutes
@@ -428,18 +441,20 @@ class Signals:
                 self.before[number] = signal.signal(number, self.note) or signal.SIG_DFL
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if error and self.asked and rank() > 0:  # it broke off because the first process has gone
+            raise Stopped(self.asked, "stopped with the first process") from None
 
     def note(self, number: int, frame) -> None:
-        if self.asked:
+        if self.asked and world() == 1:  # torchrun passes on what ctrl-C has told already
             raise KeyboardInterrupt  # asked twice: at once
         self.asked = number
 
     def obey(self, at: Progress) -> None:
-        """Save and raise Stopped if a signal has come."""
-        if not self.asked:
+        """Save and raise Stopped if a signal has come; of several processes the first one does."""
+        if not self.asked or rank() > 0:
             return
         at.save()
         kept = f"last.pt stands at step {at.saved}" if at.saved is not None else "nothing is saved"
@@ -455,7 +470,12 @@ class Signals:
 
 
 def attempt(run: Run, name: str, write: Callable[[], None]) -> bool:
-    """Write a file of the run: True. Where that fails, as on a full disk, warn, once, and go on."""
+    """Write a file of the run: True. Where that fails, as on a full disk, warn, once, and go on.
+
+    Of several processes only the first one writes.
+    """
+    if rank() > 0:
+        return True
     try:
         write()
     except OSError as error:
@@ -499,14 +519,18 @@ class Autocast(nn.Module):
 def train_step(run, model, batches, images: int, optimizer, scaler) -> torch.Tensor:
     """One step of the optimizer on the next so many images; the mean loss of them, on the device.
 
-    Each batch weighs as much as it has images: the gradient is that of all of them in one batch.
+    Each batch weighs as much as it has images: the gradient is that of all of them in one batch, however
+    many processes share it. Those exchange gradients in the last backward, and DDP takes the mean of them.
     """
     mean_loss = torch.zeros((), device=run.device)
-    for _ in range(-(-images // run.config.batch_size)):
+    for left in reversed(range(-(-images // run.config.batch_size))):
         pixels, labels = next(batches)
-        loss = F.cross_entropy(model(pixels).float(), labels, reduction="sum") / images
-        scaler.scale(loss).backward()
+        with model.no_sync() if left and world() > 1 else nullcontext():
+            loss = F.cross_entropy(model(pixels).float(), labels, reduction="sum") / images
+            scaler.scale(loss * world()).backward()
         mean_loss += loss.detach()
+    if world() > 1:
+        dist.all_reduce(mean_loss)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -522,7 +546,11 @@ def evaluate(model: nn.Module, batches) -> tuple[float, float]:
         logits = model(images)
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         correct += (logits.argmax(-1) == labels).sum().item()
-        total += len(labels)
+        total += (labels >= 0).sum().item()
+    if world() > 1:
+        sums = torch.tensor([loss, correct, total], dtype=torch.float64, device=labels.device)
+        dist.all_reduce(sums)
+        loss, correct, total = sums.tolist()
     return loss / total, correct / total
 
 
@@ -530,7 +558,7 @@ def load_batches(run: Run, split: data.Split, train: bool = False, epoch: int = 
     """The batches of a split as the run's config wants them."""
     c, preprocessing = run.config, run.info["preprocessing"]
     augment = {"train": train, "min_crop": c.min_crop, "flip": c.flip}
-    random = {"seed": c.seed, "epoch": epoch, "start": start}
+    random = {"seed": c.seed, "epoch": epoch, "start": start, "part": (rank(), world())}
     batches = data.batches(
         split, c.batch_size, preprocessing, run.device, workers=c.workers, **augment, **random
     )
@@ -738,6 +766,18 @@ def check_resume(config: Config) -> None:
         )
 
 
+def check_sizes(config: Config, dataset: data.Dataset) -> None:
+    """As check, for what depends on the data set."""
+    batches = -(-len(dataset.train) // config.batch_size)
+    if config.grad_accum > batches:
+        raise ValueError(
+            f"--grad-accum {config.grad_accum}: expected at most {batches}, the batches of an epoch "
+            f"({len(dataset.train)} images, --batch-size {config.batch_size})"
+        )
+    if config.test and dataset.test is None:
+        raise ValueError(f"--test: {config.dataset} has no test split, only train and validation")
+
+
 def check_rank(config: Config, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "delta_weight") and config.rank > min(module.linear.weight.shape):
@@ -754,6 +794,8 @@ def pick_device(name: str) -> torch.device:
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            check_architecture(device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -771,6 +813,98 @@ def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
 
 
+def check_architecture(device: torch.device) -> None:
+    """Name a GPU that this torch has no kernels for, as Kaggle's P100; torch itself fails in the first."""
+    built = torch.cuda.get_arch_list()
+    alone = device.index is not None
+    for index in [device.index] if alone else range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not torch.version.hip and not runs_on((major, minor), built):
+            raise ValueError(
+                f"--device {device}: {torch.cuda.get_device_name(index)} is sm_{major}{minor}, and "
+                f" torch {torch.__version__} is built for {', '.join(built)} alone; on Kaggle choose "
+                "the accelerator GPU T4 x2; elsewhere an older torch, or --device cpu"
+            )
+
+
+def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
+    """Whether one of a build's architectures runs on a GPU: machine code (sm_) within its major version,
+    and what the driver compiles (compute_) on all later ones."""
+    for name in built:
+        if found := re.match(r"(sm|compute)_(\d+)(\d)", name):
+            version = int(found[2]), int(found[3])
+            if version <= capability and (found[1] == "compute" or version[0] == capability[0]):
+                return True
+    return False
+
+
+def out_of_memory(error: Exception) -> bool:
+    texts = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's; the CPU's
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
+
+
+def smaller(config: Config, error: Exception) -> str:
+    """What to say where the memory does not suffice."""
+    half, twice = -(-config.batch_size // 2), config.grad_accum * 2
+    amp = "" if config.amp in ("bf16", "fp16") else "; or --amp bf16, on older GPUs --amp fp16"
+    return (
+        f"out of memory with --batch-size {config.batch_size} ({str(error).splitlines()[0][:200]}); try "
+        f"--batch-size {half} --grad-accum {twice}, which learns the same{amp}"
+    )
+
+
+def rank() -> int:
+    """Which of torchrun's processes this is; without torchrun 0."""
+    return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
+
+
+def world() -> int:
+    """How many processes torchrun has started, on all machines; without torchrun 1."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def join(device: str) -> str:
+    """Under torchrun: meet the other processes, take a GPU of one's own. Returns the device to use."""
+    if world() == 1:
+        return device
+    device = "cuda" if device == "auto" and torch.cuda.is_available() else device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    return device
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Under torchrun: the first process of each machine goes first, the others find what it fetched."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if world() > 1 and not first:
+        dist.barrier()
+    yield
+    if world() > 1 and first:
+        dist.barrier()
+
+
+def meet_at(step: int, device: torch.device) -> None:
+    """Raise ValueError if torchrun's processes did not all read the same last.pt."""
+    if world() > 1:
+        ends = torch.tensor([step, -step], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise ValueError("--resume: --out must be a folder that all machines share")
+
+
+def spread(forward: nn.Module, device: torch.device) -> nn.Module:
+    """The model on all that there is: torchrun's processes, or else the GPUs of this one."""
+    if world() > 1:
+        own = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(forward, device_ids=own)
+    return nn.DataParallel(forward) if many_gpus(device) else forward
+
+
 def many_gpus(device: torch.device) -> bool:
     return device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1
 
@@ -782,7 +916,9 @@ def named(weights: str) -> str:
 
 def make_folder(config: Config) -> tuple[Path, IO]:
     """Make the run's folder and write config.json, with the versions that it runs on, into it: (folder,
-    the open file, which is locked)."""
+    the open file, which is locked). Of several processes the first one does."""
+    if rank() > 0:
+        return Path(config.out or "runs"), nullcontext()
     name = f"{config.recipe}-{config.adapter}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -863,13 +999,14 @@ def parse(argv: list[str] | None = None) -> Config:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; 0, or after one line on stderr 2 for what cannot work, and 128 + its
     number for a signal."""
+    who = f"train.py, process {rank()}" if rank() > 0 else "train.py"
     try:
         train(parse(argv))
     except Stopped as stopped:
-        print(f"train.py: {stopped}", file=sys.stderr)
+        print(f"{who}: {stopped}", file=sys.stderr)
         return stopped.status
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -278,13 +278,14 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch):
         for _ in range(4):
             process = start(name)
             process.join(rng.uniform(0.1, 0.8) * seconds)
-            if process.exitcode is None:
-                process.kill()
-                process.join()
-                kills += 1
-                last = tmp_path / name / "last.pt"
-                progress.add(checkpoint.read_resume(last)["done"] if last.exists() else None)
-                assert process.exitcode == -signal.SIGKILL
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            last = tmp_path / name / "last.pt"
+            progress.add(checkpoint.read_resume(last)["done"] if last.exists() else None)
         assert_same(unbroken, whole(name), name)
         assert_clean(tmp_path / name)
         runs += 1

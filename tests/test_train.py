@@ -131,7 +131,7 @@ def test_food101_recipes(adapter, trainable, tmp_path, capsys):
     others = [f"dish_{i}" for i in range(94)]
     counts = (10, 1) if adapter == "lora" else (1, 1)
     food101(tmp_path / "data", SLICE + others, train=counts[0], test=counts[1])
-    flags = f"--recipe food101-{adapter} --weights none --image-size 32 --batch-size 8 --amp off"
+    flags = f"--recipe food101-{adapter} --weights none --image-size 32 --batch-size 4 --amp off"
     flags += f" --epochs 1 --workers 0 --data-dir {tmp_path}/data --out {tmp_path}/run"
     flags += "" if adapter == "lora" else " --limit 16"
     assert train.main(flags.split()) == 0
@@ -435,6 +435,20 @@ def test_recipe_then_flags():
         ("--data-dir .", "did you mean --dataset folder?"),
         ("--targets query,vlaue", "target 'vlaue' matches no nn.Linear"),
         ("--rank four", "argument --rank: invalid int value: 'four'; see --help"),
+        ("--save-minutes -1", "--save-minutes -1.0: expected >= 0"),
+        ("--save-minutes nan", "--save-minutes nan: expected >= 0"),
+        ("--grad-accum 0", "--grad-accum 0: expected >= 1"),
+        (
+            "--limit 20 --batch-size 8 --grad-accum 4",
+            "--grad-accum 4: expected at most 3, the batches",
+        ),
+        ("--batch-size 0", "--batch-size 0: expected >= 1"),
+        ("--weight-decay -1", "--weight-decay -1.0: expected >= 0"),
+        ("--workers -1", "--workers -1: expected >= 0"),
+        ("--holdout 1", "--holdout 1.0: expected in [0, 1)"),
+        ("--adapter-dropout -0.1", "--adapter-dropout -0.1: expected in [0, 1)"),
+        ("--module-dropout 1", "--module-dropout 1.0: expected in [0, 1)"),
+        ("--resume", "--resume: expected --out as well"),
         ("--ranks 4", "unrecognized arguments: --ranks 4; see --help"),
     ],
 )
