@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -643,10 +643,9 @@ class Log:
             writer.writerows(self.rows)
 
     def save_events(self):
+        if not self.writer:  # from the first row on, in place of what other files here have
+            self.shown, self.writer = 0, SummaryWriter(self.run.folder, purge_step=0)
         try:
-            if not self.writer:  # from the first row on, in place of what other files here have
-                self.shown = 0
-                self.writer = SummaryWriter(self.run.folder, purge_step=0)
             for row in self.rows[self.shown :]:
                 for key in set(row) - {"epoch", "step", "time"}:  # train_loss is train/loss here
                     tag = key.replace("_", "/") if key.startswith(("train", "val")) else key
@@ -654,6 +653,8 @@ class Log:
             self.writer.flush()
             self.shown = len(self.rows)
         except OSError:
+            with suppress(OSError):
+                self.writer.close()
             self.writer = None  # it can't be used again
             raise
 
@@ -679,6 +680,7 @@ class Log:
         self.save()
 
         def write():
+            self.save_events()
             self.writer.add_hparams(settings, best, run_name=".")
             self.writer.close()
 
@@ -822,7 +824,7 @@ def check_architecture(device: torch.device) -> None:
         if not torch.version.hip and not runs_on((major, minor), built):
             raise ValueError(
                 f"--device {device}: {torch.cuda.get_device_name(index)} is sm_{major}{minor}, and "
-                f" torch {torch.__version__} is built for {', '.join(built)} alone; on Kaggle choose "
+                f"torch {torch.__version__} is built for {', '.join(built)} alone; on Kaggle choose "
                 "the accelerator GPU T4 x2; elsewhere an older torch, or --device cpu"
             )
 
