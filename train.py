@@ -316,6 +316,7 @@ def finish(run: Run, forward: nn.Module, at: "Progress", signals: "Signals") -> 
     """Put the best epoch back, test it if that was asked for, draw it, and return the result."""
     config, best = run.config, at.best
     checkpoint.put(run.model, at.best_tensors)
+    run.model.eval()  # a run that goes on after its last epoch has not been evaluated
     if config.test:
         batches = signals.watch(load_batches(run, run.dataset.test), at)
         test_loss, test_accuracy = evaluate(forward, batches)
@@ -1007,6 +1008,9 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"{who}: {stopped}", file=sys.stderr)
         return stopped.status
+    except KeyboardInterrupt:
+        print(f"{who}: stopped at once; what was saved before is kept", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"{who}: {error}", file=sys.stderr)
         return 2
