@@ -1,4 +1,5 @@
-"""The adapter file: what training changed and all that is needed to rebuild the model around it.
+"""The adapter file, what training changed and all that is needed to rebuild the model around it; and the
+resume file, all that is needed to go on training.
 
 adapter.safetensors holds the tensors that were trained (adapter, head, biases; with --adapter full
 the whole model) under their names in the model. Its metadata, all strings, say the rest: adapter,
@@ -7,16 +8,22 @@ trunk, a hash of the frozen tensors; eps, of its LayerNorms; classes and preproc
 written as JSON.
 
     model, info = load_adapter("runs/x/adapter.safetensors")      # in eval mode
+
+last.pt, the resume file, holds a run between two steps: the trained tensors, optimizer, loss scaler and
+random generators, and what train.py adds of its own. It is read without unpickling objects.
 """
 
 import hashlib
+import io
 import json
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import nn
@@ -95,13 +102,36 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_adapter(path: str | Path, model: nn.Module, info: dict) -> None:
-    """Write the trainable tensors of the model, with info as metadata, in one piece or not at all."""
-    tensors = {
-        name: parameter.detach().cpu().contiguous()
+def remove_temporaries(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote have left in a folder. None may be writing."""
+    for temporary in folder.glob(".*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The trainable tensors of the model by name, copied to the CPU."""
+    return {
+        name: parameter.detach().to("cpu", copy=True).contiguous()
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def put(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """The opposite of trained: give the trainable tensors of the model these values."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(tensors[name])
+
+
+def save_adapter(path: str | Path, model: nn.Module, info: dict) -> None:
+    """Write the trainable tensors of the model, with info as metadata, in one piece or not at all."""
+    write_adapter(path, trained(model), info)
+
+
+def write_adapter(path: str | Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
+    """As save_adapter, for tensors that trained returned."""
     metadata = {key: value if key in TEXTS else json.dumps(value) for key, value in info.items()}
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, metadata))
@@ -150,9 +180,7 @@ def copy_tensors(model: nn.Module, tensors: dict, info: dict, path: str | Path) 
             f"{path}: trunk: expected {info['trunk']} (weights {info['weights']!r}), found {found}; "
             "the adapter was trained on other weights"
         )
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(tensors[name])
+    put(model, tensors)
 
 
 def load_adapter(
@@ -177,3 +205,72 @@ def load_adapter(
         raise type(error)(f"{path}: {error}") from None
     copy_tensors(model, tensors, info, path)
     return model.to(device).eval(), info
+
+
+def seed_generators(seed: int) -> None:
+    """Start every random generator that a library may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def generators() -> dict:
+    """The states of the random generators, of kinds that torch.load reads without unpickling objects."""
+    name, words, *rest = np.random.get_state()  # noqa: NPY002 (what libraries draw from)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, words.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_generators(states: dict) -> None:
+    """Put the random generators back; those of GPUs only where there are as many."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def save_resume(path: Path, model: nn.Module, optimizer, scaler, rest: dict) -> None:
+    """Write the resume file, in one piece or not at all: rest, and all else that a step changes.
+
+    Raises OSError if it cannot be written, FloatingPointError, with the file as it was, if a trained
+    tensor is not finite: nobody wants to go on from there.
+    """
+    tensors = trained(model)
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise FloatingPointError(f"{bad[0]} is not finite")
+    parts = {
+        "tensors": tensors,
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "generators": generators(),
+    }
+    content = io.BytesIO()  # straight to a file, torch.save says of a full disk only that it failed
+    torch.save(parts | rest, content)
+    with atomic(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def read_resume(path: Path) -> dict:
+    """The content of a resume file, on the CPU. Raises ValueError if it is another kind of file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content | {"config": dict(content["config"])}
+    except OSError:
+        raise
+    except Exception as error:  # wrong bytes are met with errors of any type
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"{path}: not a resume file ({reason})") from None
+
+
+def restore_resume(content: dict, model: nn.Module, optimizer, scaler) -> None:
+    """Put what save_resume was given back, as it was to the bit."""
+    put(model, content["tensors"])
+    optimizer.load_state_dict(content["optimizer"])
+    if content["scaler"] and scaler.is_enabled():  # without fp16 there is nothing in it
+        scaler.load_state_dict(content["scaler"])
+    set_generators(content["generators"])

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ def batches(
     seed: int = 0,
     epoch: int = 0,
     workers: int | None = None,
+    start: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (images, labels) on the device, once through the split.
 
@@ -66,6 +69,9 @@ def batches(
     flip: mirror left to right, each image with probability one half.
     workers: processes that read images; 0 reads them in this process. None for one per usable core, or
         for 0 where images are kept and the device is a CPU. Small images that are kept need none.
+    start: how many images of this epoch to leave out, as a run that goes on has seen them.
+    part: (i, n) for the i-th of n processes, which share the images of each batch. One for which a batch
+        has none gets its first, with the label -100, which cross_entropy takes for nothing.
 
     Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
@@ -75,7 +81,8 @@ def batches(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(split), generator=generator)
         draws = torch.rand(len(split), 5, generator=generator)
-    chunks = order.split(batch_size)
+    shared, (i, n) = order[start:].split(batch_size), part
+    chunks = [chunk[i::n] if i < len(chunk) else chunk[:1] for chunk in shared]
     crops = Crops(split, preprocessing, min_crop, flip)
     asked = (
         [(stand_in(split, row), None if draws is None else draws[row].tolist()) for row in chunk]
@@ -95,16 +102,24 @@ def batches(
             collate_fn=crops.collate,
             pin_memory=pinned,
             generator=torch.Generator(),  # it draws a number for each worker: not from the run's own
+            worker_init_fn=ignore_interrupts,
         )
         loader = (crops.mend(*batch) for batch in loader)
         if cpu:
             loader = (crops.on_cpu(images, len(images)) for images in loader)
         else:
             loader = (crops.normalise(images.to(device, non_blocking=pinned)) for images in loader)
-    for chunk, images in zip(chunks, loader, strict=True):
+    for whole, chunk, images in zip(shared, chunks, loader, strict=True):
         rows = [stand_in(split, row) for row in chunk.tolist()]
         labels = torch.from_numpy(split.labels[rows])
+        if i >= len(whole):
+            labels.fill_(-100)
         yield images, labels.to(device)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """In a worker process: ctrl-C reaches it too, but the run wants its last batches before it stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Crops(TorchDataset):
@@ -540,6 +555,7 @@ def first_size(files: list[str]) -> tuple[int, int]:
 def progress(iterable=None, **how) -> tqdm:
     """A bar for somebody who watches, in a terminal or a notebook; a log file gets none."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    watched = watched and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
     return tqdm(iterable, leave=False, disable=not watched, **how)
 
 
@@ -548,4 +564,6 @@ def usable(workers: int | None) -> int:
     if workers is not None:
         return workers
     affinity = getattr(os, "sched_getaffinity", None)  # Linux: knows of taskset and containers
-    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+    return min(8, max(1, cores // sharing))

@@ -55,6 +55,7 @@ def test_default_run_leaves_its_files(default_run):
     names = {file.name for file in run_dir.iterdir() if not file.name.startswith("events.")}
     assert names == {
         "adapter.safetensors",
+        "last.pt",
         "config.json",
         "metrics.csv",
         "curves.png",
@@ -130,7 +131,7 @@ def test_food101_recipes(adapter, trainable, tmp_path, capsys):
     others = [f"dish_{i}" for i in range(94)]
     counts = (10, 1) if adapter == "lora" else (1, 1)
     food101(tmp_path / "data", SLICE + others, train=counts[0], test=counts[1])
-    flags = f"--recipe food101-{adapter} --weights none --image-size 32 --batch-size 8 --amp off"
+    flags = f"--recipe food101-{adapter} --weights none --image-size 32 --batch-size 4 --amp off"
     flags += f" --epochs 1 --workers 0 --data-dir {tmp_path}/data --out {tmp_path}/run"
     flags += "" if adapter == "lora" else " --limit 16"
     assert train.main(flags.split()) == 0
@@ -222,7 +223,7 @@ def test_the_loop_is_adamw_with_a_linear_schedule_whatever_the_accumulation(
         [list(data.batches(run.dataset.train, 20, epoch=epoch, **wide)) for epoch in range(2)],
     )
     # the last epoch's tensors, not the best one's
-    monkeypatch.setattr(checkpoint, "restore", lambda model, path: None)
+    monkeypatch.setattr(checkpoint, "put", lambda model, tensors: None)
     train.fit(run)
     for name, p in run.model.named_parameters():
         if name in oracle:
@@ -386,7 +387,7 @@ def test_broken_images_are_replaced_and_listed_or_stop_the_run(workers, tmp_path
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.time, "strftime", lambda form: "20260101-120000")
-    folders = [train.make_folder(train.Config()).name for _ in range(3)]
+    folders = [train.make_folder(train.Config())[0].name for _ in range(3)]
     name = "demo-lora-0-20260101-120000"
     assert folders == [name, f"{name}-2", f"{name}-3"]
 
@@ -434,6 +435,20 @@ def test_recipe_then_flags():
         ("--data-dir .", "did you mean --dataset folder?"),
         ("--targets query,vlaue", "target 'vlaue' matches no nn.Linear"),
         ("--rank four", "argument --rank: invalid int value: 'four'; see --help"),
+        ("--save-minutes -1", "--save-minutes -1.0: expected >= 0"),
+        ("--save-minutes nan", "--save-minutes nan: expected >= 0"),
+        ("--grad-accum 0", "--grad-accum 0: expected >= 1"),
+        (
+            "--limit 20 --batch-size 8 --grad-accum 4",
+            "--grad-accum 4: expected at most 3, the batches",
+        ),
+        ("--batch-size 0", "--batch-size 0: expected >= 1"),
+        ("--weight-decay -1", "--weight-decay -1.0: expected >= 0"),
+        ("--workers -1", "--workers -1: expected >= 0"),
+        ("--holdout 1", "--holdout 1.0: expected in [0, 1)"),
+        ("--adapter-dropout -0.1", "--adapter-dropout -0.1: expected in [0, 1)"),
+        ("--module-dropout 1", "--module-dropout 1.0: expected in [0, 1)"),
+        ("--resume", "--resume: expected --out as well"),
         ("--ranks 4", "unrecognized arguments: --ranks 4; see --help"),
     ],
 )

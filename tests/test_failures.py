@@ -1,0 +1,180 @@
+"""What the world does to a run: a disk that fills, memory that ends, a loss that explodes, an old GPU."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_resume import assert_clean, assert_same, contents
+
+import checkpoint
+import train
+
+resource = pytest.importorskip("resource", reason="Windows has no limits to set")
+
+
+# A process in which the system refuses files over so many bytes, from one step on and up to another.
+LIMITED = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+room, first, last = map(int, sys.argv[2:5])
+import train
+whole, steps = train.train_step, []
+def step(*arguments):
+    steps.append(1)
+    if len(steps) == first:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, -1))
+    if len(steps) == last:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    return whole(*arguments)
+train.train_step = step
+sys.exit(train.main(sys.argv[5:]))
+"""
+FLAGS = "--limit 48 --epochs 2 --batch-size 8 --image-size 14 --workers 0 --save-minutes 0".split()
+
+
+def limited(folder, room, first, last, *flags):
+    """Train in steps first to last without room; the process."""
+    numbers = map(str, (room, first, last))
+    command = [sys.executable, "-c", LIMITED, str(ROOT), *numbers, *FLAGS, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.run(command, cwd=folder, timeout=300, **pipes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "room", [0, 100_000]
+)  # bytes: for no file; for all but last.pt and adapters
+def test_a_full_disk_has_a_warning_and_the_run_goes_on(room, tmp_path):
+    train.train(train.parse([*FLAGS, "--out", str(tmp_path / "unbroken")]))
+    process = limited(tmp_path, room, 3, 9, "--out", "run")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("last.pt cannot be written ([Errno 27] File too large") == 1
+    assert process.stderr.count("adapter.safetensors cannot be written") == 1
+    assert process.stderr.count("metrics.csv cannot be written") == (room == 0)
+    assert "training goes on, and tries again" in process.stderr
+    assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
+    assert_clean(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_disk_that_stays_full_keeps_the_last_good_file(tmp_path):
+    process = limited(tmp_path, 0, 3, 99, "--out", "run")
+    assert process.returncode == 2
+    end = "adapter.safetensors: cannot be written; make room and go on with the same command"
+    assert end in process.stderr.splitlines()[-1]
+    assert checkpoint.read_resume(tmp_path / "run" / "last.pt")["done"] == 2
+    process = limited(tmp_path, 0, 99, 99, "--out", "run", "--resume")
+    assert process.returncode == 0 and "run goes on after step 2 of 12" in process.stdout
+    train.train(train.parse([*FLAGS, "--out", str(tmp_path / "unbroken")]))
+    assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
+
+
+def in_step(monkeypatch, n, action):
+    """Call action before the n-th step of a run."""
+    whole, steps = train.train_step, []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == n:
+            action()
+        return whole(*arguments)
+
+    monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_run_that_explodes_keeps_the_last_good_state(amp, tmp_path, monkeypatch, capsys):
+    def explode():
+        with torch.no_grad():
+            at["run"].model.heads.head.bias.fill_(torch.inf)
+
+    at, prepare = {}, train.prepare
+    monkeypatch.setattr(train, "prepare", lambda config: at.setdefault("run", prepare(config)))
+    in_step(monkeypatch, 4, explode)
+    assert train.main([*FLAGS, "--amp", amp, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    scale = r", loss scale \d+" if amp == "fp16" else ""
+    assert re.search(rf"the loss is nan at step 4 \(learning rate 0.00375{scale}\)", error)
+    assert "last.pt stays at step 3; try a smaller --lr" in error and error.count("\n") == 1
+    last = checkpoint.read_resume(tmp_path / "run" / "last.pt")
+    assert last["done"] == 3 and all(t.isfinite().all() for t in last["tensors"].values())
+
+
+def test_tensors_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    """A step whose loss is finite, and what it leaves behind is not."""
+    step = train.train_step
+
+    def overflow(run, *arguments):
+        loss = step(run, *arguments)
+        with torch.no_grad():
+            run.model.heads.head.bias[1] = torch.inf
+        return loss
+
+    monkeypatch.setattr(train, "train_step", overflow)
+    assert train.main([*FLAGS, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "heads.head.bias is not finite at step 1 (learning rate 0.005)" in error
+    assert not (tmp_path / "run" / "last.pt").exists()
+    assert_clean(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the others do not say how much is used")
+def test_memory_that_does_not_suffice_is_one_line(tmp_path, monkeypatch, capsys):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+
+    def little():
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, before[1]))
+
+    in_step(monkeypatch, 1, little)
+    flags = "--limit 2000 --batch-size 2000 --workers 0 --out".split()
+    try:
+        assert train.main([*flags, str(tmp_path / "run")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: out of memory with --batch-size 2000 (")
+    assert "try --batch-size 1000 --grad-accum 2, which learns the same; or --amp bf16" in error
+    assert error.count("\n") == 1
+
+
+def test_what_gpus_say_of_memory_is_understood():
+    assert train.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert train.out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
+    assert not train.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+KAGGLE = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((6, 0), KAGGLE, False),
+        ((7, 5), KAGGLE, True),
+        ((8, 9), KAGGLE, True),  # within 8.x
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((10, 0), KAGGLE, True),
+        ((11, 0), KAGGLE, False),
+        ((12, 1), KAGGLE, True),
+        ((13, 0), KAGGLE, True),  # compiled by the driver
+        ((9, 0), ["sm_90a"], True),
+    ],
+)
+def test_which_gpus_a_build_runs_on(capability, built, runs):
+    assert train.runs_on(capability, built) == runs
+
+
+def test_kaggle_s_p100_is_named_before_the_first_step(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: KAGGLE)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla P100-PCIE-16GB")
+    with pytest.raises(ValueError, match=r"Tesla P100-PCIE-16GB is sm_60, and torch .* T4 x2"):
+        train.pick_device("auto")

@@ -1,0 +1,337 @@
+"""A run that is stopped or killed goes on as if nothing had been: the same tensors, to the bit."""
+
+import csv
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trees import pets
+
+import checkpoint
+import train
+
+KILLS = int(os.environ.get("KILLS", 20))
+QUICK = {"limit": 48, "epochs": 2, "batch_size": 8, "workers": 0}  # 6 steps an epoch
+FLAGS = (
+    "--limit 40 --epochs 2 --batch-size 8 --image-size 14 --workers 0 --adapter-dropout 0.1".split()
+)
+
+
+def contents(folder):
+    """What must not differ between two runs: all that is saved, but for times and the folder's name."""
+    last = checkpoint.read_resume(folder / "last.pt")
+    for key in ("seconds", "images_per_second"):
+        del last["log"][key]
+    for row in [*last["log"]["rows"], last["result"]]:
+        row.pop("time", None)
+        row.pop("images_per_second", None)
+    for key in ("out", "resume", "save_minutes", "workers"):
+        del last["config"][key]
+    generator = torch.Generator()
+    generator.set_state(
+        last["generators"]["torch"]
+    )  # has bytes that mean nothing: what would it draw?
+    last["generators"]["torch"] = torch.rand(9, generator=generator)
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("images_per_second")
+    events = EventAccumulator(str(folder)).Reload()
+    tags = ("train/loss", "lr", "val/loss", "val/accuracy")
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    adapter = checkpoint.read_adapter(folder / "adapter.safetensors")
+    return {"last": last, "adapter": adapter, "metrics": rows, "curves": curves}
+
+
+def assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_clean(folder):
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(n, signal): the process gets the signal in its n-th step from now on."""
+
+    def stop(n, number=signal.SIGTERM):
+        def step(*arguments):
+            step.n += 1
+            if step.n == n:
+                signal.raise_signal(number)
+            return whole(*arguments)
+
+        step.n = 0
+        monkeypatch.setattr(train, "train_step", step)
+
+    whole = train.train_step
+    return stop
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"grad_accum": 4, "limit": 44, "epochs": 4},  # steps of 32 and 12 images
+        {"head_dropout": 0.1, "adapter_dropout": 0.1, "module_dropout": 0.2},
+        {"amp": "fp16", "adapter": "loha", "image_size": 14},
+        {"adapter": "lokr", "bias": "all", "seed": 3},
+        {"adapter": "full", "lr": 1e-3},
+    ],
+    ids=lambda settings: "-".join(settings) or "plain",
+)
+def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, stop_after):
+    settings = {**QUICK, "epochs": 3, **settings}
+    train.train(train.Config(out=tmp_path / "unbroken", **settings))
+    for n in (1, 1, 2, 2):  # in the middle of epochs and at their ends
+        stop_after(n)
+        with pytest.raises(
+            train.Stopped, match=r"stopped by SIGTERM after step \d+; last.pt stands"
+        ):
+            train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+    stop_after(10_000)
+    train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+    assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
+    assert_clean(tmp_path)
+
+
+def test_files_that_workers_decode_and_one_that_is_broken(tmp_path, stop_after):
+    files = sorted(pets(tmp_path / "pets", images=30).rglob("*.jpg"))
+    files[3].write_bytes(files[3].read_bytes()[:700])
+    settings = {"dataset": "folder", "data_dir": tmp_path / "pets", "batch_size": 8, "epochs": 2}
+    train.train(train.Config(out=tmp_path / "unbroken", workers=0, **settings))
+    stop_after(8)
+    with pytest.raises(train.Stopped):
+        train.train(train.Config(out=tmp_path / "run", workers=2, **settings))
+    stop_after(10_000)
+    train.train(train.Config(out=tmp_path / "run", workers=1, resume=True, **settings))
+    assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
+    listed = [(tmp_path / name / "unreadable.txt").read_text() for name in ("unbroken", "run")]
+    assert listed[0] == listed[1] and str(files[3]) in listed[0]
+
+
+def test_a_stop_in_an_evaluation_is_before_it(tmp_path, monkeypatch):
+    settings = {**QUICK, "test": True}
+    train.train(train.Config(out=tmp_path / "unbroken", **settings))
+    whole, calls = train.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(arguments)
+        if len(calls) in (1, 4):  # a validation, and the test after the last epoch
+            signal.raise_signal(signal.SIGINT)
+        return whole(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    for step in (6, 12):
+        with pytest.raises(train.Stopped, match=f"by SIGINT after step {step}; last.pt stands"):
+            train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+    result = train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+    assert len(calls) == 5 and "test_accuracy" in result
+    assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
+
+
+def test_handlers_are_put_back_and_a_second_signal_is_obeyed_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with train.Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.asked == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_generators_are_put_back():
+    kept = checkpoint.generators()
+
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002
+
+    first = draws()
+    assert all(x != y for x, y in zip(first, draws(), strict=True))
+    checkpoint.set_generators(kept)
+    assert draws() == first
+
+
+def test_a_finished_run_says_so_and_returns_its_result(tmp_path, capsys):
+    config = {"out": tmp_path / "run", "resume": True, **QUICK}
+    first = train.train(train.Config(**config))
+    said = capsys.readouterr().out
+    assert f"no last.pt in {tmp_path / 'run'}; the run starts from the beginning" in said
+    names = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    assert train.train(train.Config(**config)) == first
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'run'}: finished already, nothing is left to train" in said
+    assert said.strip().endswith(f"Validation Accuracy: {first['val_accuracy']:.2%}")
+    changed = {path.name for path in names if path.stat().st_mtime_ns != names[path]}
+    assert changed <= {"config.json"}
+    assert len(names) == len(list((tmp_path / "run").iterdir()))
+    tested = train.train(train.Config(test=True, **config))  # what was not asked for before
+    assert {**tested, "test_loss": 0, "test_accuracy": 0} == {
+        **first,
+        "test_loss": 0,
+        "test_accuracy": 0,
+    }
+
+
+def test_what_differs_is_refused_and_what_may_is_not(tmp_path, stop_after, capsys):
+    out = ["--out", str(tmp_path / "run")]
+    stop_after(2)
+    assert train.main([*FLAGS, *out]) == 143
+    error = capsys.readouterr().err
+    assert error == (
+        f"train.py: stopped by SIGTERM after step 2; last.pt stands at step 2; go on with the same "
+        f"command and --out {tmp_path / 'run'} --resume\n"
+    )
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    changed = [*FLAGS, *out, "--resume", "--rank", "5", "--lr", "1"]
+    assert train.main(changed) == 2
+    error = capsys.readouterr().err
+    assert "--rank was 4, is now 5; --lr was 0.005, is now 1.0; give what was" in error
+    assert error.count("\n") == 1 and (tmp_path / "run" / "last.pt").read_bytes() == before
+    free = "--workers 1 --device cpu --save-minutes 3 --test --cache-dir".split()
+    assert train.main([*FLAGS, *out, "--resume", *free, str(tmp_path / "kept")]) == 0
+
+
+def test_other_data_is_refused(tmp_path, stop_after, capsys):
+    flags = ["--dataset", "folder", "--out", str(tmp_path / "run"), "--batch-size", "8"]
+    stop_after(2)
+    assert train.main([*flags, "--data-dir", str(pets(tmp_path / "a", images=20))]) == 143
+    assert train.main([*flags, "--resume", "--data-dir", str(pets(tmp_path / "b", images=22))]) == 2
+    assert "images was [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 1000, b"PK\x03\x04", b"\x80\x02."])
+def test_a_last_pt_that_is_none_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "last.pt").write_bytes(content)
+    assert train.main(["--out", str(tmp_path), "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train.py: {tmp_path / 'last.pt'}: not a resume file (")
+    assert error.count("\n") == 1
+
+
+def test_last_pt_unpickles_nothing_that_runs(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    torch.save({"config": Evil()}, tmp_path / "last.pt")
+    assert train.main(["--out", str(tmp_path), "--resume"]) == 2
+    assert not (tmp_path / "evil").exists()
+
+
+def test_resume_needs_a_folder_and_overwrites_no_adapter(tmp_path, capsys):
+    assert train.main(["--resume"]) == 2
+    assert capsys.readouterr().err.startswith("train.py: --resume: expected --out as well")
+    (tmp_path / "adapter.safetensors").write_bytes(b"precious")
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 2
+    assert "holds an adapter but no last.pt" in capsys.readouterr().err
+    assert (tmp_path / "adapter.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """SIGKILL, which no process can catch, in steps, evaluations, writes and pictures: 20 times, or $KILLS.
+
+    Each run is a process of its own. They are forked from one that has imported train, so that most of
+    the time goes into training, and most of the kills fall there.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train"])
+
+    def start(name):
+        flags = [*FLAGS, "--save-minutes", "0", "--resume", "--out", str(tmp_path / name)]
+        process = processes.Process(target=train.main, args=(flags,))
+        process.start()
+        return process
+
+    def whole(name):
+        process = start(name)
+        process.join(400)
+        assert process.exitcode == 0
+        return contents(tmp_path / name)
+
+    whole("warm-up")
+    began = time.monotonic()
+    unbroken = whole("unbroken")
+    seconds = time.monotonic() - began
+    rng, kills, runs, progress = random.Random(KILLS), 0, 0, set()
+    while kills < KILLS:
+        name = f"run-{runs}"
+        for _ in range(4):
+            process = start(name)
+            process.join(rng.uniform(0.1, 0.8) * seconds)
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            last = tmp_path / name / "last.pt"
+            progress.add(checkpoint.read_resume(last)["done"] if last.exists() else None)
+        assert_same(unbroken, whole(name), name)
+        assert_clean(tmp_path / name)
+        runs += 1
+    assert len(progress) > KILLS / 5, f"kills at different steps: {progress}"
+
+
+def test_stale_temporaries_go_when_a_run_goes_on(tmp_path, stop_after):
+    stop_after(2)
+    with pytest.raises(train.Stopped):
+        train.train(train.Config(out=tmp_path / "run", **QUICK))
+    (tmp_path / "run" / ".last.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "run" / "notes.tmp").write_bytes(b"a user's own")
+    stop_after(10_000)
+    train.train(train.Config(out=tmp_path / "run", resume=True, **QUICK))
+    assert [path.name for path in (tmp_path / "run").glob("*.tmp")] == ["notes.tmp"]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_a_signal_to_the_process_ends_it_with_its_status_and_one_line(
+    number, status, tmp_path, run_script
+):
+    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--epochs", "400", "--out", "run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    twice = run_script("train.py", *FLAGS, "--epochs", "400", "--out", "run", "--resume")
+    assert twice.returncode == 2
+    assert twice.stderr == "train.py: --out run: another process trains there; wait for its end\n"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=200)
+    assert process.returncode == status
+    assert error.startswith(f"train.py: stopped by {number.name} after step ")
+    assert error.endswith("go on with the same command and --out run --resume\n")
+    assert error.count("\n") == 1
+    done = checkpoint.read_resume(tmp_path / "run" / "last.pt")["done"]
+    assert f"last.pt stands at step {done}; " in error
