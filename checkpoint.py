@@ -35,6 +35,7 @@ from lora import LoRALinear, mark_trainable, replace_linear
 
 ADAPTERS = {"lora": LoRALinear, "loha": LoHaLinear, "lokr": LoKrLinear}
 METHODS = (*ADAPTERS, "head", "full")  # head: a linear probe; full: everything trains
+ADAPTER_FILE = "adapter.safetensors"  # in a run's folder
 TEXTS = ("adapter", "bias", "model", "weights", "trunk")  # stand in the metadata as they are
 ADAPT = ("adapter", "rank", "alpha", "targets", "bias", "factor", "decompose_both")
 
@@ -138,11 +139,12 @@ def write_adapter(path: str | Path, tensors: dict[str, torch.Tensor], info: dict
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and the info of an adapter file.
+    """The tensors and the info of an adapter file, or of the one in a run's folder.
 
     Raises FileNotFoundError, or ValueError if it is another kind of file or lacks part of its info.
     """
     path = Path(path)
+    path = path / ADAPTER_FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     tensors, metadata = vit.read_weights(path)

@@ -166,6 +166,8 @@ def from_peft(
     """
     if Path(path).exists():
         raise ValueError(f"{path}: exists already; name another file or remove it")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{Path(path).parent}: no such folder; make it first")
     folder = Path(folder)
     name, layers, settings, tensors = read_vit(folder)
     if weights and weights not in vit.NAMES:
@@ -233,7 +235,7 @@ def names_in(tensors: dict, model: str) -> dict[str, str]:
 
 def start_settings(path: str | Path) -> dict:
     """What train.Config takes from the adapter file or PEFT folder that a run starts from."""
-    if not Path(path).is_dir():
+    if not is_peft(path):
         _, info = checkpoint.read_adapter(path)
         size = info["preprocessing"]["image_size"]
         keys = (*checkpoint.ADAPT, "model", "weights")
@@ -250,13 +252,28 @@ def start_settings(path: str | Path) -> dict:
     return {**settings, "model": name, "weights": weights, "image_size": size}
 
 
+def start_preprocessing(path: str | Path) -> dict:
+    """mean, std and crop of the images that the adapter file or PEFT folder was trained on, as far as it
+    says: the head and what is adapted go with them."""
+    if is_peft(path):
+        known = our_preprocessing(Path(path))
+    else:
+        known = checkpoint.read_adapter(path)[1]["preprocessing"]
+    return {key: known[key] for key in ("mean", "std", "crop") if key in known}
+
+
+def is_peft(path: str | Path) -> bool:
+    """Whether this is a PEFT folder; if not, it is an adapter file or the folder of a run."""
+    return Path(path).is_dir() and not (Path(path) / checkpoint.ADAPTER_FILE).is_file()
+
+
 def start(model: nn.Module, path: str | Path, classes: list[str]) -> str:
     """Copy an adapter file or PEFT folder into a model that was adapted alike; say what was done.
 
     The head is copied if it is for these classes (by number, where a folder has no names), else left fresh.
     Raises OSError or ValueError, naming file and key, for what does not fit.
     """
-    folder = Path(path) if Path(path).is_dir() else None
+    folder = Path(path) if is_peft(path) else None
     if folder:
         name, _, _, tensors = read_vit(folder)
         names, head = names_in(tensors, name), "classifier."
@@ -339,6 +356,10 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
     weights: where the trunk's weights are now, if not where they were in training.
     Returns the Python expression of the model into which the state dict loads with strict=True.
     """
+    if Path(file).exists():
+        raise ValueError(f"{file}: exists already; name another file or remove it")
+    if not Path(file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{Path(file).parent}: no such folder; make it first")
     model, info = checkpoint.load_adapter(path, weights)
     eps, size = model.encoder.ln.eps, info["preprocessing"]["image_size"]
     state = {key: t.detach() for key, t in vit.join_attention(merge(model)).state_dict().items()}

@@ -242,6 +242,7 @@ def prepare(config: Config) -> Run:
         )
         check_rank(config, model)
         if c.init_adapter:
+            preprocessing |= export.start_preprocessing(c.init_adapter)
             print(export.start(model, c.init_adapter, dataset.classes))
         for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
             data.keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
@@ -339,7 +340,7 @@ def finish(run: Run, forward: nn.Module, at: "Progress", signals: "Signals") -> 
 class Progress:
     """How far a run has come, in memory and, from time to time, in last.pt."""
 
-    ADAPTER = "adapter.safetensors"
+    ADAPTER = checkpoint.ADAPTER_FILE
 
     def __init__(self, run: Run, optimizer, scaler):
         self.run, self.optimizer, self.scaler = run, optimizer, scaler

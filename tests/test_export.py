@@ -451,6 +451,8 @@ def test_models_that_peft_cannot_hold_are_refused(tmp_path):
         ("nothing.safetensors --to peft x", "nothing.safetensors: no such adapter file"),
         ("a.safetensors --to peft there", "there: holds an adapter already"),
         ("a.safetensors --from peft there", "a.safetensors: exists already"),
+        ("a.safetensors --to torchvision a.safetensors", "a.safetensors: exists already"),
+        ("a.safetensors --to torchvision no/x.pth", "no: no such folder; make it first"),
         ("b.safetensors --from peft nowhere", "nowhere: expected adapter_config.json, found no"),
         ("head.safetensors --to peft x", "adapter: expected one of lora, loha, lokr, found 'head'"),
         ("a.safetensors --to torchvision nowhere/x.pth", "No such file or directory"),

@@ -54,6 +54,27 @@ def test_a_run_starts_from_its_tensors_and_settings(case, pets, capsys):
     )
 
 
+def test_images_are_prepared_as_the_adapter_had_them(pets, capsys):
+    """Not as its trunk's file would have it: the head goes with how it saw the images."""
+    seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875}
+    write_adapter("a.safetensors", "lora", classes=sorted(CLASSES), **seen)
+    export.to_peft("a.safetensors", "folder")
+    export.from_peft("folder", "back.safetensors")
+    for start in ("a.safetensors", "folder", "back.safetensors"):
+        run = train.prepare(train.parse([*QUICK, "--init-adapter", start]))
+        found = run.info["preprocessing"]
+        assert {key: pytest.approx(found[key]) for key in seen} == seen, start
+        run.lock.close()
+
+
+def test_a_run_s_folder_stands_for_its_adapter(pets, capsys):
+    (pets / "run").mkdir()
+    write_adapter("run/adapter.safetensors", "lora", classes=sorted(CLASSES))
+    assert train.main([*QUICK, "--init-adapter", "run", "--out", "next"]) == 0
+    assert "start: run, its head too" in capsys.readouterr().out
+    assert checkpoint.load_adapter("run")[1]["classes"] == sorted(CLASSES)
+
+
 def test_other_classes_get_a_fresh_head(pets, capsys):
     write_adapter("a.safetensors", "lora", classes=sorted(CLASSES))
     flags = [*QUICK, "--data-dir", "other", "--init-adapter", "a.safetensors", "--out", "run"]

@@ -105,12 +105,21 @@ def test_contact_sheet(photos, tmp_path, capsys):
         ("a.safetensors photos --device cuda:99", "--device cuda:99: cannot be used"),
         ("a.safetensors photos --top 0", "--top 0: expected >= 1"),
         ("a.safetensors photos --batch-size 0", "--batch-size 0: expected >= 1"),
-        ("a.safetensors photos --figure no/x.png", "No such file or directory: 'no/x.png'"),
+        (
+            "a.safetensors photos --figure no/x.png",
+            "--figure no/x.png: no is no folder; make it first",
+        ),
+        (
+            "a.safetensors photos --figure x.foo",
+            "--figure x.foo: expected a name that ends in .",
+        ),
         ("a.safetensors", "the following arguments are required: images; see --help"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(flags, message, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert predict.main(flags.split()) == 2
-    error = capsys.readouterr().err.strip()
+    shown = capsys.readouterr()
+    error = shown.err.strip()
     assert error.startswith("predict.py: ") and message in error and "\n" not in error
+    assert not shown.out, "nothing is predicted before a mistake is seen"
