@@ -262,7 +262,8 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch):
     processes.set_forkserver_preload(["train"])
 
     def start(name):
-        flags = [*FLAGS, "--save-minutes", "0", "--resume", "--out", str(tmp_path / name)]
+        flags = [*FLAGS, "--batch-size", "4", "--epochs", "6", "--save-minutes", "0"]  # 60 steps
+        flags += ["--resume", "--out", str(tmp_path / name)]
         process = processes.Process(target=train.main, args=(flags,))
         process.start()
         return process
@@ -282,7 +283,7 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch):
         name = f"run-{runs}"
         for _ in range(4):
             process = start(name)
-            process.join(rng.uniform(0.1, 0.8) * seconds)
+            process.join(rng.uniform(0.1, 0.5) * seconds)
             if process.exitcode is not None:
                 break
             process.kill()
