@@ -25,7 +25,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import checkpoint
 import data
 import pictures
-from train import Parser, pick_device
+from config import Parser
+from devices import pick_device
 
 SHEET = 48  # images on a contact sheet, at most
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 from test_resume import assert_clean, assert_same, contents
 
 import checkpoint
+import devices
 import train
 
 resource = pytest.importorskip("resource", reason="Windows has no limits to set")
@@ -167,7 +168,7 @@ KAGGLE = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "comp
     ],
 )
 def test_which_gpus_a_build_runs_on(capability, built, runs):
-    assert train.runs_on(capability, built) == runs
+    assert devices.runs_on(capability, built) == runs
 
 
 def test_kaggle_s_p100_is_named_before_the_first_step(monkeypatch):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from trees import food101, pets, tiny_imagenet
 
 import checkpoint
 import data
+import devices
 import train
 import vit
 
@@ -316,10 +318,12 @@ def test_auto_is_bf16_where_the_gpu_has_it_and_fp16_where_it_emulates_it(
 
 def test_all_gpus_are_used_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert train.many_gpus(torch.device("cuda"))
-    assert not train.many_gpus(torch.device("cuda:1")) and not train.many_gpus(torch.device("cpu"))
+    assert devices.many_gpus(torch.device("cuda"))
+    assert not devices.many_gpus(torch.device("cuda:1")) and not devices.many_gpus(
+        torch.device("cpu")
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert not train.many_gpus(torch.device("cuda"))
+    assert not devices.many_gpus(torch.device("cuda"))
 
 
 def test_test_split_is_evaluated_on_request_with_the_best_epoch(tmp_path):
@@ -343,9 +347,15 @@ def test_config_takes_what_python_has_for_paths_names_and_numbers(tmp_path):
     result = train.train(config)
     _, info = checkpoint.load_adapter(Path(result["run_dir"]) / "adapter.safetensors")
     assert (info["targets"], info["rank"]) == (["query", "mlp.0"], 2)
-    for wrong, message in [({"rank": 2.5}, "--rank 2.5: expected int"), ({"lr": "x"}, "--lr 'x'")]:
+    for wrong, message in [
+        ({"rank": 2.5}, "--rank 2.5: expected int"),
+        ({"lr": "x"}, "--lr 'x'"),
+        ({"flip": "no"}, "--flip 'no': expected True or False"),
+    ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             train.Config(**wrong)
+    with pytest.raises(ValueError, match=r"--targets \[\]: expected"):
+        train.train(train.Config(targets=[]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_epoch(
@@ -386,7 +396,7 @@ def test_broken_images_are_replaced_and_listed_or_stop_the_run(workers, tmp_path
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train.time, "strftime", lambda form: "20260101-120000")
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101-120000")
     folders = [train.make_folder(train.Config())[0].name for _ in range(3)]
     name = "demo-lora-0-20260101-120000"
     assert folders == [name, f"{name}-2", f"{name}-3"]
@@ -425,7 +435,7 @@ def test_recipe_then_flags():
         ("--head-dropout 1", "--head-dropout 1.0: expected in [0, 1)"),
         ("--limit 0", "--limit 0: expected >= 1"),
         ("--device cuda:99", "--device cuda:99: cannot be used"),
-        ("--out /dev/null/run", "--out /dev/null/run: cannot be made (Not a directory)"),
+        ("--out /dev/null/run", "--out /dev/null/run: cannot be made, /dev/null is no folder"),
         ("--image-size 0", "--image-size 0: expected >= 1"),
         ("--factor 0", "--factor 0: expected -1 or >= 1"),
         ("--lr inf", "--lr inf: expected > 0"),
@@ -434,6 +444,7 @@ def test_recipe_then_flags():
         ("--device meta", "--device meta: cannot be used"),
         ("--data-dir .", "did you mean --dataset folder?"),
         ("--targets query,vlaue", "target 'vlaue' matches no nn.Linear"),
+        ("--workers 100000", "--workers 100000: expected in 0.."),
         ("--rank four", "argument --rank: invalid int value: 'four'; see --help"),
         ("--save-minutes -1", "--save-minutes -1.0: expected >= 0"),
         ("--save-minutes nan", "--save-minutes nan: expected >= 0"),
@@ -444,7 +455,7 @@ def test_recipe_then_flags():
         ),
         ("--batch-size 0", "--batch-size 0: expected >= 1"),
         ("--weight-decay -1", "--weight-decay -1.0: expected >= 0"),
-        ("--workers -1", "--workers -1: expected >= 0"),
+        ("--workers -1", "--workers -1: expected in 0.."),
         ("--holdout 1", "--holdout 1.0: expected in [0, 1)"),
         ("--adapter-dropout -0.1", "--adapter-dropout -0.1: expected in [0, 1)"),
         ("--module-dropout 1", "--module-dropout 1.0: expected in [0, 1)"),
