@@ -418,7 +418,7 @@ def test_recipe_then_flags():
         ("--recipe nothing", "--recipe nothing: expected one of demo"),
         ("--dataset mnist", "--dataset mnist: expected one of demo"),
         ("--dataset tiny-imagenet", "Tiny-ImageNet not found: looked in"),
-        ("--dataset folder --data-dir nowhere", "nowhere not found"),
+        ("--dataset folder --data-dir nowhere", "--data-dir nowhere: no such folder"),
         ("--classes eleven", "'eleven'; did you mean seven"),
         ("--adapter dora", "--adapter dora: expected one of lora, loha, lokr, head, full"),
         ("--rank 0", "--rank 0: expected >= 1"),
