@@ -16,8 +16,10 @@ et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Mode
 arXiv 2309.14859. Initialisation, and alpha / rank also where no factor has a rank: PEFT's.
 
 Cost: a row x, seen as a matrix X (in_m, in_n), gives W1 X W2^T, a matrix (out_l, out_k) that is
-x kron(W1, W2)^T as rows. No kron and no delta W: for 768 x 768, 43,008 products for each row where
-delta W would take 589,824.
+x kron(W1, W2)^T as rows: for rank 8 on 768 x 768, 16,896 products for each row where the frozen layer
+takes 589,824. With many rows it costs less still to add kron(W1, W2) to W, one product for each
+element: lokr_costs weighs the two. The factors' gradients go the first way in both, and delta W is
+not kept.
 
     from functools import partial
     replace_linear(model, partial(LoKrLinear, rank=8, alpha=8), targets=["query", "value"])
@@ -103,29 +105,38 @@ class LoKrLinear(nn.Module):
             self.lokr_w2 = nn.Parameter(torch.empty(out_k, in_n, **new))
             nn.init.kaiming_uniform_(self.lokr_w2, a=math.sqrt(5))
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """s W1 (out_l, in_m) and W2 (out_k, in_n): the one place where the scale enters."""
+    def factors(self, keep=1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """s W1 (out_l, in_m) and W2 (out_k, in_n): the one place where the scale enters.
+        keep: 0 for no update."""
         W1 = self.lokr_w1 if hasattr(self, "lokr_w1") else self.lokr_w1_a @ self.lokr_w1_b
         W2 = self.lokr_w2 if hasattr(self, "lokr_w2") else self.lokr_w2_a @ self.lokr_w2_b
-        return self.scale * W1, W2
+        return keep * (self.scale * W1), W2
 
     def delta_weight(self) -> torch.Tensor:
         """delta W = s kron(W1, W2), shape (out_features, in_features)."""
         W1, W2 = self.factors()
         return torch.kron(W1, W2)
 
-    def delta(self, x: torch.Tensor) -> torch.Tensor:
+    def delta(self, x: torch.Tensor, W1: torch.Tensor, W2: torch.Tensor) -> torch.Tensor:
         """x @ delta_weight().T without building delta_weight: (..., in) -> (..., out)."""
-        W1, W2 = (factor.to(x.dtype) for factor in self.factors())
+        W1, W2 = W1.to(x.dtype), W2.to(x.dtype)
         X = x.unflatten(-1, (W1.shape[1], W2.shape[1]))  # (..., in_m, in_n)
         return (W1 @ (X @ W2.T)).flatten(-2)  # (..., out_l, out_k) -> (..., out)
 
+    def product(self, x, W, bias, W1, W2) -> torch.Tensor:
+        """F.linear(x, W, bias) + self.delta(x, W1, W2) for rows x (N, in): the same numbers, sooner."""
+        W2a, W2b = (None, W2) if hasattr(self, "lokr_w2") else (self.lokr_w2_a, self.lokr_w2_b)
+        return LoKrProduct.apply(x, W, bias, W1, W2a, W2b)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        delta = self.delta(F.dropout(x, self.dropout, self.training))
+        keep = 1.0
         if self.training and self.module_dropout > 0:
             # A 0/1 mask and no if: a skipped adapter would have no gradient, which DDP refuses.
-            delta = delta * (torch.rand((), device=x.device) >= self.module_dropout)
-        return self.linear(x) + delta
+            keep = torch.rand((), device=x.device) >= self.module_dropout
+        factors = self.factors(keep)
+        if (self.training and self.dropout > 0) or not is_plain(self.linear):
+            return self.linear(x) + self.delta(F.dropout(x, self.dropout, self.training), *factors)
+        return fused(self.product, self.linear, x, factors)
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -158,8 +169,109 @@ class LoKrLinear(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
+class LoKrProduct(torch.autograd.Function):
+    """x (W + kron(W1, W2))^T + b for rows x (N, in), with a backward of its own, which keeps x alone.
+
+    Built form: kron(W1, W2) is added to W, so that x needs one product; in backward again. Apart: x
+    passes through W2b, W1 and W2a. lokr_form says which is cheaper. The factors' gradients never need
+    kron. W2 = W2a W2b; a whole W2 is W2b here, and W2a None stands for the identity, of rank out_k.
+    """
+
+    generate_vmap_rule = True  # for torch.func: gradients of each sample
+
+    @staticmethod
+    def forward(x, W, bias, W1, W2a, W2b):
+        if lokr_form(x, W, W1, W2b) == "built":
+            return F.linear(x, kron(W1, W2a, W2b).to(x.dtype).add_(W), bias)
+        W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
+        q = (W2b @ x.reshape(-1, W2b.shape[1]).T).reshape(-1, W1.shape[1])  # (rank N, in_m)
+        u = (q @ W1.T).reshape(len(W2b), -1)  # (rank, N out_l)
+        y = F.linear(x, W, bias)
+        blocks = y.reshape(-1, y.shape[1] // len(W1))  # (N out_l, out_k)
+        blocks = blocks.add_(u.T) if W2a is None else blocks.addmm_(u.T, W2a.T)
+        return blocks.reshape(y.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, W, _, *factors = inputs
+        ctx.save_for_backward(x, W, *factors)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, W, *factors = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            gx, gradients = lokr_backward(g, x, W, *factors, ctx.needs_input_grad[0])
+            gW = g.T @ x if ctx.needs_input_grad[1] else None
+            return gx, gW, g.sum(0) if ctx.needs_input_grad[2] else None, *gradients
+
+
+def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
+    """The gradient of x, None unless of_x, and those of the three factors, from g (N, out).
+
+    The rank stands in front, as (rank, N, ...): then every step is one product of two flat matrices.
+    """
+    gx = None
+    if built := lokr_form(x, W, W1, W2b) == "built":
+        gx = g @ kron(W1, W2a, W2b).to(x.dtype).add_(W) if of_x else None
+    W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
+    (out_l, in_m), (rank, in_n) = W1.shape, W2b.shape
+    X = x.reshape(-1, in_n)  # (N in_m, in_n)
+    G = g.reshape(-1, g.shape[1] // out_l)  # (N out_l, out_k)
+    p = (G.T if W2a is None else W2a.T @ G.T).reshape(-1, out_l)  # (rank N, out_l)
+    q = (W2b @ X.T).reshape(-1, in_m)  # (rank N, in_m)
+    gW1 = p.T @ q
+    gW2a = None if W2a is None else ((q @ W1.T).reshape(rank, -1) @ G).T
+    del q  # as large as s: on a CPU fresh memory costs time
+    s = (p @ W1).reshape(rank, -1)  # (rank, N in_m)
+    if of_x and not built:
+        gx = (g @ W).reshape(X.shape).addmm_(s.T, W2b).reshape(x.shape)
+    return gx, (gW1, gW2a, s @ X)
+
+
+def kron(W1, W2a, W2b) -> torch.Tensor:
+    return torch.kron(W1, W2b if W2a is None else W2a @ W2b)
+
+
+TOUCH = 16  # in the time of so many multiplications of a large product, memory delivers one number
+
+
+def lokr_costs(N: int, n_out: int, n_in: int, W1_size: int, rank: int, touch: int = TOUCH) -> tuple:
+    """Multiplications of (built, apart) beside the frozen layer's and those for the factors' gradients,
+    for N rows, forward and x's gradient together. rank: W2's inner dimension. touch: what one number
+    read or written counts for, 0 to leave memory out."""
+    built = 2 * n_out * n_in * (1 + touch)
+    apart = N * (rank * (2 * n_in + n_out + W1_size) + touch * (2 * n_in + n_out))
+    return built, apart
+
+
+def lokr_form(x, W, W1, W2b) -> str:
+    """built or apart, the cheaper. In half precision W + kron would round off what kron adds: apart."""
+    built, apart = lokr_costs(len(x), *W.shape, W1.numel(), len(W2b))
+    return "built" if built <= apart and torch.finfo(x.dtype).bits >= 32 else "apart"
+
+
 # The functions below stand word for word in lora.py, loha.py and lokr.py, so that each file pastes alone.
 # They know an adapter of any kind by its delta_weight.
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """True if calling linear is F.linear and nothing else: no subclass, hook, quantised or meta weight."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks)
+    hooks += (linear._backward_hooks, linear._backward_pre_hooks)
+    usual = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
+    return usual and not (any(hooks) or "forward" in vars(linear) or linear.weight.is_meta)
+
+
+def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.Tensor:
+    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in."""
+    device, rows = x.device.type, x.reshape(-1, x.shape[-1])
+    W, bias = linear.weight, linear.bias
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        rows, W, bias = (t if t is None else t.to(dtype) for t in (rows, W, bias))
+    with torch.autocast(device, enabled=False):
+        y = product(rows, W, bias, *factors)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def replace_linear(

@@ -19,7 +19,7 @@ import vit
 from lora import LoRALinear, mark_trainable, merge, replace_linear
 
 MODULES = {name: importlib.import_module(name) for name in ("lora", "loha", "lokr")}
-SHARED = ("replace_linear", "mark_trainable", "merge")
+SHARED = ("is_plain", "fused", "replace_linear", "mark_trainable", "merge")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

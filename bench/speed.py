@@ -1,0 +1,272 @@
+"""What an adapter costs: a training step against that of the frozen trunk, ours and the peers' in one run.
+
+    pip install peft lycoris-lora
+    python bench/speed.py                              # writes bench/speed.md and bench/speed.png
+    python bench/speed.py --ranks 4 8 16 32 --targets all query,value --batches 1 8 32
+    python bench/speed.py --device cuda --amp bf16 --batches 64
+
+The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (vit.split_attention), random
+weights: the same matrices for all. A step is a forward and a backward to the input and to whatever
+trains. The floor is that step with nothing adapted. Rounds alternate between all of them; a figure is
+the median over rounds of the step's time over the floor's of the same round. "kept" is what autograd
+keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
+"""
+
+import argparse
+import gc
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import lycoris.modules
+import matplotlib
+import peft
+import torch
+from torch import nn
+from torchvision.models import VisionTransformer
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import vit  # noqa: E402
+from loha import LoHaLinear  # noqa: E402
+from lokr import LoKrLinear  # noqa: E402
+from lora import LoRALinear, mark_trainable, replace_linear  # noqa: E402
+
+EVERY = ["query", "key", "value", "out", "mlp.0", "mlp.3"]
+OURS = {"LoRA": LoRALinear, "LoHa": LoHaLinear, "LoKr": LoKrLinear}
+PEFT = {
+    "LoRA": lambda r: {"config": peft.LoraConfig, "lora_alpha": r},
+    "LoHa": lambda r: {"config": peft.LoHaConfig, "alpha": r},
+    "LoKr": lambda r: {"config": peft.LoKrConfig, "alpha": r},
+}
+LYCORIS = {
+    "LoRA": lycoris.modules.LoConModule,
+    "LoHa": lycoris.modules.LohaModule,
+    "LoKr": lycoris.modules.LokrModule,
+}
+COLOURS = {"ours": "#0072B2", "PEFT": "#E69F00", "LyCORIS": "#009E73"}  # Okabe and Ito's
+
+
+def trunk(blocks: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model = VisionTransformer(224, 16, blocks, 12, 768, 3072)
+    return vit.split_attention(model).encoder.layers.requires_grad_(False)
+
+
+def ours(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:
+    model = trunk(blocks)
+    replace_linear(model, partial(OURS[kind], rank=rank, alpha=rank), targets)
+    mark_trainable(model)
+    return model
+
+
+def of_peft(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:
+    settings = PEFT[kind](rank)
+    config = settings.pop("config")(r=rank, target_modules=targets, **settings)
+    return peft.get_peft_model(trunk(blocks), config)
+
+
+def of_lycoris(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:
+    model, adapters = trunk(blocks), nn.ModuleList()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and f".{name}".endswith(tuple(f".{t}" for t in targets)):
+            adapter = LYCORIS[kind](name.replace(".", "_"), layer, 1.0, rank, rank)
+            adapter.apply_to()  # in place of layer.forward
+            adapters.append(adapter)
+    model.adapters = adapters.requires_grad_(True)
+    model.forward = lambda x: nn.Sequential.forward(model[:-1], x)  # the adapters are no block
+    return model
+
+
+def contenders(rank: int, targets: list[str], options) -> dict[str, nn.Module]:
+    models = {"floor": trunk(options.blocks), "full": trunk(options.blocks).requires_grad_(True)}
+    makers = {"ours": ours, "PEFT": of_peft, "LyCORIS": of_lycoris}
+    for kind, (who, make) in itertools.product(OURS, makers.items()):
+        models[f"{kind} {who}"] = model = make(kind, rank, targets, options.blocks)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # no factor is left at zero: it could make products cheap
+                nn.init.normal_(parameter, std=0.02)
+    return {name: model.to(options.device).train() for name, model in models.items()}
+
+
+def forward(model: nn.Module, x: torch.Tensor, options) -> torch.Tensor:
+    with torch.autocast(options.device.type, options.dtype, options.dtype != torch.float32):
+        return model(x)
+
+
+def step(model: nn.Module, x: torch.Tensor, options) -> float:
+    """Milliseconds of a forward and backward."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    x = x.detach().requires_grad_()
+    if options.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        y = forward(model, x, options)
+        y.backward(torch.ones_like(y))
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    y = forward(model, x, options)
+    y.backward(torch.ones_like(y))
+    return 1e3 * (time.perf_counter() - start)
+
+
+def kept(model: nn.Module, x: torch.Tensor, options) -> int:
+    """Bytes that autograd keeps for backward, parameters left out."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = forward(model, x.detach().requires_grad_(), options)
+    del y
+    return sum(storages.values())
+
+
+def peak(model: nn.Module, x: torch.Tensor, options) -> int:
+    """Bytes allocated on the GPU at the highest point of a step, over what was there before it."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(model, x, options)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(rank: int, targets: list[str], batch: int, options) -> dict[str, dict[str, float]]:
+    """For each contender: time and memory over the floor's."""
+    models = contenders(rank, targets, options)
+    x = torch.randn(batch, 197, 768, device=options.device)
+    times = {name: [] for name in models}
+    for turn in range(-1, options.rounds):
+        for name, model in models.items():
+            took = step(model, x, options)
+            if turn >= 0:  # the first warms up
+                times[name].append(took)
+    memory = {name: kept(model, x, options) for name, model in models.items()}
+    if options.device.type == "cuda":
+        peaks = {name: peak(model, x, options) for name, model in models.items()}
+    found = {}
+    for name in models:
+        ratios = [a / b for a, b in zip(times[name], times["floor"], strict=True)]
+        found[name] = {
+            "ms": statistics.median(times[name]),
+            "ratio": statistics.median(ratios),
+            "kept": memory[name] / memory["floor"],
+        }
+        if options.device.type == "cuda":
+            found[name]["peak"] = peaks[name] / peaks["floor"]
+    del models
+    gc.collect()
+    return found
+
+
+def table(found: dict[str, dict[str, float]]) -> list[str]:
+    columns = list(found["floor"])
+    titles = {"ms": "ms a step", "ratio": "time / floor", "kept": "kept / floor"}
+    titles["peak"] = "peak memory / floor"
+    lines = [
+        "| | " + " | ".join(titles[c] for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name, values in found.items():
+        cells = [f"{values[c]:,.0f}" if c == "ms" else f"{values[c]:.2f}" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def draw(results: dict[int, dict], title: str, path: Path) -> None:
+    """A panel for each rank: time over the floor's, for each kind of adapter ours and the peers'."""
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4.6 * len(results), 4.2), sharey=True, squeeze=False, dpi=150
+    )
+    for axis, (rank, found) in zip(axes[0], results.items(), strict=True):
+        for i, (who, colour) in enumerate(COLOURS.items()):
+            heights = [found[f"{kind} {who}"]["ratio"] for kind in OURS]
+            places = [j + 0.28 * (i - 1) for j in range(len(OURS))]
+            bars = axis.bar(places, heights, 0.26, color=colour, label=who)
+            axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        axis.axhline(1, color="black", linewidth=1, label="floor: frozen trunk")
+        full = found["full"]["ratio"]
+        axis.axhline(full, color="black", linestyle=":", label="full fine-tuning")
+        axis.set_xticks(range(len(OURS)), list(OURS))
+        axis.set_title(f"rank {rank}", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("time of a training step / floor")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.suptitle(title, fontsize=11)
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path)
+
+
+def machine(options) -> str:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "CPU"
+    packages = ("torch", "torchvision", "peft", "lycoris-lora")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return (
+        f"{options.blocks} blocks of ViT-B/16, 197 tokens, {str(options.dtype)[6:]}, medians of "
+        f"{options.rounds} paired rounds. {name}, {torch.get_num_threads()} threads, "
+        f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
+        f"{platform.python_version()}, {versions}, commit {commit}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--targets", nargs="+", default=["all"], help="all, or names with commas")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8])
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "speed")
+    options = parser.parse_args()
+    options.dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        options.amp
+    ]
+    torch.set_num_threads(options.threads)
+    results, lines = {}, ["# What a training step costs over the frozen trunk's", ""]
+    for targets, batch, rank in itertools.product(options.targets, options.batches, options.ranks):
+        names = EVERY if targets == "all" else targets.split(",")
+        found = measure(rank, names, batch, options)
+        results.setdefault((targets, batch), {})[rank] = found
+        part = [f"## {targets}, batch {batch}, rank {rank}", "", *table(found), ""]
+        print("\n".join(part), flush=True)
+        lines += part
+    lines += [machine(options), ""]
+    options.out.with_suffix(".md").write_text("\n".join(lines))
+    (targets, batch), by_rank = next(iter(results.items()))
+    what = "all linear layers" if targets == "all" else targets
+    title = (
+        f"{options.blocks} ViT-B blocks, {what}, batch {batch} x 197 tokens, {options.device.type}"
+    )
+    draw(by_rank, title, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""The backward passes of our own against autograd of the plain form, what they keep, and what they cost.
+
+The plain form of a layer is linear(x) + delta(x, *factors()), which test_layers holds to the equation.
+"""
+
+import pytest
+import torch
+from adapters import FORMS, IN, KINDS, OUT, make
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import loha
+import lokr
+from lokr import LoKrLinear
+
+# Every form of every adapter, the choices of the cost models forced: LoHa's for forward and for the
+# factors' gradients, LoKr's for both.
+ROUTES = {
+    "lora": ("lora", None),
+    **{f"loha-{a}-{b}": ("loha", [a, b]) for a in ("whole", "thin") for b in ("whole", "thin")},
+    **{f"{form}-{a}": (form, a) for form in FORMS if "lokr" in form for a in ("built", "apart")},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(params=ROUTES)
+def route(request, monkeypatch):
+    """The form of adapter to make, with its route forced."""
+    return force(request.param, monkeypatch)
+
+
+def force(name, monkeypatch):
+    form, choice = ROUTES[name]
+    monkeypatch.setattr(loha, "loha_forms", lambda *_: choice)
+    monkeypatch.setattr(lokr, "lokr_form", lambda *_: choice)
+    return form
+
+
+def plain(layer, x):
+    return layer.linear(x) + layer.delta(x, *layer.factors())
+
+
+def rows(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, IN, generator=generator, dtype=dtype)
+
+
+def gradients(layer, forward, x):
+    """Of the input and of every parameter, the frozen weight and bias among them."""
+    inputs = [x, *layer.parameters()]
+    out = forward(layer, x)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return torch.autograd.grad((weights * out.square()).sum(), inputs)
+
+
+def call(layer, x):
+    return layer(x)
+
+
+def test_output_and_all_gradients_are_the_plain_form_s(route):
+    layer, x = make(route), rows(2, 7).requires_grad_()
+    torch.testing.assert_close(layer(x), plain(layer, x), rtol=0, atol=1e-12)
+    pairs = zip(gradients(layer, call, x), gradients(layer, plain, x), strict=True)
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape and ours.any()
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_first_and_second_derivatives(route):
+    """With respect to everything, the frozen weight and bias among it: users unfreeze them."""
+    layer, x = make(route), rows(2).requires_grad_()
+    names, values = zip(*layer.named_parameters(), strict=True)
+    values = [value.detach().requires_grad_() for value in values]
+
+    def forward(x, *values):
+        return functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    # fast_mode: one random direction of each matrix, where the whole has 10^6 entries
+    assert torch.autograd.gradcheck(forward, (x, *values), fast_mode=True)
+    assert torch.autograd.gradgradcheck(forward, (x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTES if "built" not in name])
+def test_half_precision_rounds_no_update_away(name, monkeypatch):
+    """delta W is 0.001, a quarter of the distance from W, 1 and -1, to the next bfloat16."""
+    layer = make(force(name, monkeypatch), torch.bfloat16)
+    with torch.no_grad():
+        layer.linear.weight.copy_(torch.cat([torch.ones(IN // 2), -torch.ones(IN // 2)]))
+        layer.linear.bias.zero_()
+        for p in layer.parameters(recurse=False):
+            p.fill_(1.0)
+        next(layer.parameters(recurse=False)).mul_(1e-3 / layer.delta_weight().max())
+    torch.testing.assert_close(layer.delta_weight(), torch.full((OUT, IN), 1e-3))
+    assert torch.equal(layer.weight, layer.linear.weight), "the control: in one matrix it is lost"
+    y = layer(torch.ones(300, IN, dtype=torch.bfloat16))  # W x is 0
+    torch.testing.assert_close(y.float(), torch.full((300, OUT), 0.001 * IN), rtol=0.02, atol=0)
+
+
+def test_cost_model_of_lokr_keeps_w_and_kron_apart_in_half_precision():
+    layer = LoKrLinear(nn.Linear(768, 768), rank=8)
+    x = torch.empty(10_000, 768)
+    factors = layer.linear.weight, layer.lokr_w1, layer.lokr_w2_b
+    assert lokr.lokr_form(x, *factors) == "built"
+    for dtype in (torch.bfloat16, torch.float16):
+        assert lokr.lokr_form(x.to(dtype), *factors) == "apart"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [name for name in ROUTES if "built" not in name])
+def test_autocast_gives_the_float32_gradients_to_half_precision(name, dtype, monkeypatch):
+    layer = make(force(name, monkeypatch), torch.float32)
+    x = rows(64, dtype=torch.float32).requires_grad_()
+    exact = gradients(layer, plain, x)
+    for inside in (False, True):  # backward outside of autocast, as it should be, and inside
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+        assert y.dtype == dtype
+        weights = torch.linspace(-1, 1, y.numel()).view_as(y)
+        with torch.autocast("cpu", dtype, enabled=inside):
+            found = torch.autograd.grad(
+                (weights * y.float().square()).sum(), [x, *layer.parameters()]
+            )
+        for ours, theirs in zip(found, exact, strict=True):
+            assert ours.dtype == torch.float32
+            assert (ours - theirs).norm() < (
+                0.02 if dtype == torch.bfloat16 else 0.003
+            ) * theirs.norm()
+
+
+def test_backward_of_float32_is_float32_in_autocast_too(route):
+    """Some call backward inside of autocast: it must not reach into ours."""
+    layer, x = make(route, torch.float32), rows(64, dtype=torch.float32).requires_grad_()
+    exact, *_ = gradients(layer, plain, x)
+    y = layer(x)
+    loss = (torch.linspace(-1, 1, y.numel()).view_as(y) * y.square()).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-3)
+
+
+@every_kind
+@pytest.mark.parametrize("N", [3, 700])
+def test_autograd_keeps_the_input_and_nothing_of_the_size_of_a_matrix(kind, N):
+    """Counted in bytes of distinct storages, parameters left out: the input, the factor that the scale
+    is multiplied into, and LoRA's product of rank numbers a row."""
+    layer = make(kind, torch.float32)
+    layer.linear.requires_grad_(False)
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = rows(N, dtype=torch.float32).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x)
+    scaled = {"lora": "lora_B", "loha": "hada_w2_a", "lokr": "lokr_w1"}[kind]
+    numbers = N * IN + getattr(layer, scaled).numel() + (N * layer.rank if kind == "lora" else 0)
+    assert x.untyped_storage().data_ptr() in kept
+    assert sum(kept.values()) == 4 * numbers
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        plain(layer, x)
+    assert (sum(kept.values()) > 4 * numbers) == (kind != "lora"), "the control: the plain form"
+
+
+def products(function):
+    """Multiplications of all matrix products in a call."""
+    counts = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        result = function()
+    return counter.get_total_flops() // 2, result
+
+
+def products_of_step(layer, N, of_x=True):
+    """(forward, backward) of a layer, beside the frozen layer's own."""
+    layer.linear.requires_grad_(False)
+    x = rows(N).requires_grad_(of_x)
+    forward, y = products(lambda: layer(x))
+    backward, _ = products(lambda: y.sum().backward())
+    return forward - N * IN * OUT, backward - (N * IN * OUT if of_x else 0)
+
+
+@pytest.mark.parametrize("form", ["whole", "thin"])
+@pytest.mark.parametrize("gradients_form", ["whole", "thin"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loha_costs_are_the_products_that_are_done(form, gradients_form, dtype, monkeypatch):
+    N, rank = 50, 4
+    monkeypatch.setattr(loha, "loha_forms", lambda *_: [form, gradients_form])
+    layer = make("loha", dtype)
+    layer.linear.requires_grad_(False)
+    x = rows(N, dtype=dtype).requires_grad_()
+    forward, y = products(lambda: layer(x))
+    backward, _ = products(lambda: y.sum().backward())
+    half = dtype == torch.bfloat16
+    through, of_factors = loha.loha_costs(N, OUT, IN, rank, half, touch=0)
+    through = dict(zip(["whole", "thin"], through, strict=True))[form]
+    of_factors = dict(zip(["whole", "thin"], of_factors, strict=True))[gradients_form]
+    both_thin = N * OUT * rank**2 if form == gradients_form == "thin" else 0  # g passes B once
+    assert forward - N * IN * OUT == through
+    assert backward - N * IN * OUT == through + of_factors - both_thin
+
+
+@pytest.mark.parametrize("form", ["lokr", "lokr-factor"])
+def test_lokr_costs_are_the_products_that_are_done(form, monkeypatch):
+    N, done = 50, {}
+    layer = make(form)
+    rank, size = len(layer.lokr_w2_b), layer.lokr_w1.numel()
+    for choice in ("built", "apart"):
+        monkeypatch.setattr(lokr, "lokr_form", lambda *_, choice=choice: choice)
+        done[choice] = sum(products_of_step(layer, N))
+    small = 2 * layer.lokr_w2_a.numel() * layer.lokr_w2_b.shape[1]  # W2 = W2a W2b, twice
+    _, apart = lokr.lokr_costs(N, OUT, IN, size, rank, touch=0)
+    assert done["apart"] - (done["built"] - small) == apart
+
+
+def test_the_forms_chosen_for_vit_b():
+    """The choices that were measured to be the faster ones, on CPU in float32."""
+
+    def chosen(N, n_out, n_in, rank, half=False):
+        return [
+            "whole" if a <= b else "thin" for a, b in loha.loha_costs(N, n_out, n_in, rank, half)
+        ]
+
+    assert chosen(1576, 768, 768, 8) == ["whole", "thin"]
+    assert chosen(1576, 768, 768, 16) == ["whole", "whole"]
+    assert chosen(1576, 3072, 768, 16) == ["whole", "thin"]
+    assert chosen(197, 768, 768, 8)[0] == "thin"
+    assert (
+        chosen(1576, 768, 768, 8, half=True)[0] == "thin"
+    )  # there "whole" is a second large product
+    for N, cheaper in ((300, "apart"), (400, "built")):
+        built, apart = lokr.lokr_costs(N, 768, 768, 24 * 24, 8)
+        assert (built < apart) == (cheaper == "built")
+
+
+def test_a_frozen_input_costs_no_gradient(route):
+    _, backward = products_of_step(make(route), 50)  # less the frozen layer's own for x
+    _, without = products_of_step(make(route), 50, of_x=False)
+    assert 0 < without <= backward
+
+
+def test_per_sample_gradients_of_torch_func(route):
+    layer = make(route)
+    values = {name: p.detach() for name, p in layer.named_parameters()}
+    of_sample = grad(lambda values, x: functional_call(layer, values, (x,)).square().sum())
+    samples = rows(3, 5)
+    found = vmap(of_sample, in_dims=(None, 0))(values, samples)
+    for i, sample in enumerate(samples):
+        for name, expected in of_sample(values, sample).items():
+            torch.testing.assert_close(found[name][i], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_checkpointing_and_inference_mode(route):
+    layer, x = make(route), rows(2, 7).requires_grad_()
+    expected = gradients(layer, call, x)
+    found = gradients(layer, lambda layer, x: checkpoint(layer, x, use_reentrant=False), x)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), layer(x.detach()))
+    torch.testing.assert_close(layer(x).detach(), plain(layer, x).detach(), rtol=0, atol=1e-12)
+
+
+def test_gradients_reach_the_parameters_through_replicas(route):
+    """As nn.DataParallel does: in a replica every parameter is a tensor computed from the original's."""
+    layer, x = make(route), rows(5)
+    replica, linear = (
+        layer._replicate_for_data_parallel(),
+        layer.linear._replicate_for_data_parallel(),
+    )
+    replica._modules["linear"] = linear
+    for module, source in ((replica, layer), (linear, layer.linear)):
+        for name, p in source.named_parameters(recurse=False):
+            setattr(module, name, 2 * p)
+    replica(x).square().sum().backward()
+    found = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    for p in layer.parameters():
+        p.data.mul_(2)
+    layer(x).square().sum().backward()
+    for ours, p in zip(found, layer.parameters(), strict=True):
+        torch.testing.assert_close(ours, 2 * p.grad, rtol=1e-12, atol=1e-12)
+
+
+@every_kind
+def test_compiled_in_one_graph(kind):
+    layer, x = make(kind, torch.float32), rows(300, dtype=torch.float32).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+    found = gradients(layer, lambda _, x: compiled(x), x)
+    for ours, theirs in zip(found, gradients(layer, call, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class DoubledLinear(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@every_kind
+def test_what_calling_the_frozen_layer_does_still_happens(kind):
+    """Subclasses, hooks and a forward put in place (as accelerate does) are not passed over."""
+    x, seen = rows(3), []
+
+    def hooked(linear):
+        linear.register_forward_hook(lambda module, arguments, output: seen.append("hook"))
+
+    def before(linear):
+        linear.register_forward_pre_hook(lambda module, arguments: seen.append("before"))
+
+    def patched(linear):
+        linear.forward = lambda x: seen.append("patched") or nn.Linear.forward(linear, x)
+
+    expected = make(kind)(x)
+    for change in (hooked, before, patched):
+        layer = make(kind)
+        change(layer.linear)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+        assert seen.pop() and not seen
+    layer = make(kind)
+    doubled = KINDS[kind](DoubledLinear(IN, OUT, dtype=torch.float64))
+    doubled.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(doubled(x), expected + layer.linear(x), rtol=0, atol=1e-12)
+
+
+@every_kind
+def test_a_layer_on_meta_gives_shapes(kind):
+    layer = make(kind).to("meta")
+    assert layer(torch.empty(2, 3, IN, device="meta", dtype=torch.float64)).shape == (2, 3, OUT)
