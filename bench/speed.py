@@ -204,10 +204,12 @@ def draw(results: dict[int, dict], title: str, path: Path) -> None:
             heights = [found[f"{kind} {who}"]["ratio"] for kind in OURS]
             places = [j + 0.28 * (i - 1) for j in range(len(OURS))]
             bars = axis.bar(places, heights, 0.26, color=colour, label=who)
-            axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-        axis.axhline(1, color="black", linewidth=1, label="floor: frozen trunk")
+            labels = axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+            for label in labels:  # over the lines
+                label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
+        axis.axhline(1, color="black", linewidth=1, zorder=0, label="floor: frozen trunk")
         full = found["full"]["ratio"]
-        axis.axhline(full, color="black", linestyle=":", label="full fine-tuning")
+        axis.axhline(full, color="black", linestyle=":", zorder=0, label="full fine-tuning")
         axis.set_xticks(range(len(OURS)), list(OURS))
         axis.set_title(f"rank {rank}", fontsize=11)
         axis.spines[["top", "right"]].set_visible(False)
@@ -262,9 +264,8 @@ def main() -> None:
     options.out.with_suffix(".md").write_text("\n".join(lines))
     (targets, batch), by_rank = next(iter(results.items()))
     what = "all linear layers" if targets == "all" else targets
-    title = (
-        f"{options.blocks} ViT-B blocks, {what}, batch {batch} x 197 tokens, {options.device.type}"
-    )
+    where = options.device.type.upper()
+    title = f"{options.blocks} ViT-B blocks, {what}, batch {batch} x 197 tokens, {where}"
     draw(by_rank, title, options.out.with_suffix(".png"))
 
 
