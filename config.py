@@ -167,7 +167,7 @@ def check(config: Config) -> None:
         "epochs >= 1": config.epochs >= 1,
         "batch_size >= 1": config.batch_size >= 1,
         "grad_accum >= 1": config.grad_accum >= 1,
-        "lr > 0": 0 < config.lr < math.inf,
+        "lr in (0, 1000]": 0 < config.lr <= 1000,
         "weight_decay >= 0": 0 <= config.weight_decay < math.inf,
         "min_crop in (0, 1]": 0 < config.min_crop <= 1,
         "holdout in [0, 1)": 0 <= config.holdout < 1,
