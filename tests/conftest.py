@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # small matrices: more threads only wait for each other
+# Small matrices: more threads only wait for each other. And what is compared to the bit must have as many
+# in this process as in those that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
