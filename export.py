@@ -252,25 +252,17 @@ def start_settings(path: str | Path) -> dict:
     return {**settings, "model": name, "weights": weights, "image_size": size}
 
 
-def start_preprocessing(path: str | Path) -> dict:
-    """mean, std and crop of the images that the adapter file or PEFT folder was trained on, as far as it
-    says: the head and what is adapted go with them."""
-    if is_peft(path):
-        known = our_preprocessing(Path(path))
-    else:
-        known = checkpoint.read_adapter(path)[1]["preprocessing"]
-    return {key: known[key] for key in ("mean", "std", "crop") if key in known}
-
-
 def is_peft(path: str | Path) -> bool:
     """Whether this is a PEFT folder; if not, it is an adapter file or the folder of a run."""
     return Path(path).is_dir() and not (Path(path) / checkpoint.ADAPTER_FILE).is_file()
 
 
-def start(model: nn.Module, path: str | Path, classes: list[str]) -> str:
-    """Copy an adapter file or PEFT folder into a model that was adapted alike; say what was done.
+def start(model: nn.Module, path: str | Path, classes: list[str]) -> tuple[str, dict]:
+    """Copy an adapter file or PEFT folder into a model that was adapted alike.
 
-    The head is copied if it is for these classes (by number, where a folder has no names), else left fresh.
+    Returns what to say of it, and mean, std and crop of the images that it was trained on, as far as it
+    says: the head and what is adapted go with them. The head is copied if it is for these classes (by
+    number, where a folder has no names), else left fresh.
     Raises OSError or ValueError, naming file and key, for what does not fit.
     """
     folder = Path(path) if is_peft(path) else None
@@ -280,17 +272,19 @@ def start(model: nn.Module, path: str | Path, classes: list[str]) -> str:
         own = {renamed(key, names): p for key, p in expected(model).items()}
         known = labels_in(folder)
         same = known == classes if known else len(tensors["classifier.weight"]) == len(classes)
+        images = our_preprocessing(folder)
     else:
         tensors, info = checkpoint.read_adapter(path)
         own, head = dict(model.named_parameters()), "heads.head."
-        same = info["classes"] == classes
+        same, images = info["classes"] == classes, info["preprocessing"]
     if not same:
         tensors = {k: own.get(k, t) if k.startswith(head) else t for k, t in tensors.items()}
     if folder:
         fill(own, tensors, folder)
     else:
         checkpoint.copy_tensors(model, tensors, info, path)
-    return f"start: {path}, " + ("its head too" if same else "a fresh head: other classes")
+    said = f"start: {path}, " + ("its head too" if same else "a fresh head: other classes")
+    return said, {key: images[key] for key in ("mean", "std", "crop") if key in images}
 
 
 def weights_of(folder: Path) -> str:

@@ -49,6 +49,12 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def colours(images: torch.Tensor, preprocessing: dict) -> torch.Tensor:
+    """Images (N, 3, H, W) as the model has them, back in 0..1."""
+    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    return images * std + mean
+
+
 def plot_predictions(
     images: torch.Tensor,
     logits: torch.Tensor,

@@ -27,6 +27,7 @@ import data
 import pictures
 from config import Parser
 from devices import pick_device
+from sources import images_below
 
 SHEET = 48  # images on a contact sheet, at most
 
@@ -40,14 +41,7 @@ def list_images(paths: list[str]) -> list[str]:
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: no such file or folder")
-        found = [path]
-        if os.path.isdir(path):
-            found = sorted(
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(path)
-                for name in names
-                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-            )
+        found = images_below(path)[0] if os.path.isdir(path) else [path]
         if not found:
             raise ValueError(f"{path}: expected images ({', '.join(IMG_EXTENSIONS)}), found none")
         files += found
@@ -98,11 +92,11 @@ def describe(file: str, logits: torch.Tensor, classes: list[str], top: int, form
 
 def draw(path: str, shown: list, info: dict, title: str) -> None:
     """The contact sheet: images, and what the model says of them."""
-    mean, std = (torch.tensor(info["preprocessing"][k]).view(3, 1, 1) for k in ("mean", "std"))
-    images = torch.stack([pixels for _, pixels, _ in shown]) * std + mean
+    images = torch.stack([pixels for _, pixels, _ in shown])
     logits = torch.stack([logits for _, _, logits in shown])
     notes = [Path(file).name for file, _, _ in shown]
-    pictures.plot_predictions(images, logits, None, info["classes"], path, title, notes)
+    colours = pictures.colours(images, info["preprocessing"])
+    pictures.plot_predictions(colours, logits, None, info["classes"], path, title, notes)
 
 
 def check_figure(path: Path) -> None:

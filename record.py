@@ -390,9 +390,8 @@ def draw(run: Run, accuracy: float) -> None:
     images, labels = next(iter(data.batches(few, 24, preprocessing, run.device, workers=0)))
     with torch.inference_mode():
         logits = run.model(images).float().cpu()
-    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     pictures.plot_predictions(
-        images.cpu() * std + mean,
+        pictures.colours(images.cpu(), preprocessing),
         logits,
         labels.cpu(),
         run.dataset.classes,

@@ -188,18 +188,24 @@ def subfolders(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def images_below(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The image files in a folder and the folders below, sorted, and the other files; no hidden ones."""
+    there = sorted(
+        os.path.join(path, file)
+        for path, _, files in os.walk(folder)
+        for file in files
+        if not file.startswith(".")
+    )
+    images = [file for file in there if file.lower().endswith(IMG_EXTENSIONS)]
+    return images, [file for file in there if not file.lower().endswith(IMG_EXTENSIONS)]
+
+
 def list_classes(root: Path, classes: list[str], may_lack: bool = False):
     """The image files below root/<class>/ of each class, sorted, and their labels."""
     files, labels, other = [], [], Counter()
     for label, name in enumerate(classes):
-        there = [
-            os.path.join(path, file)
-            for path, _, found in os.walk(root / name)
-            for file in found
-            if not file.startswith(".")
-        ]
-        found = sorted(file for file in there if file.lower().endswith(IMG_EXTENSIONS))
-        other.update(os.path.splitext(file)[1].lower() for file in set(there) - set(found))
+        found, rest = images_below(root / name)
+        other.update(os.path.splitext(file)[1].lower() for file in rest)
         if not found and not may_lack:
             known = ", ".join(IMG_EXTENSIONS)
             raise ValueError(

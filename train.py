@@ -79,8 +79,9 @@ def prepare(config: Config) -> Run:
         )
         check_rank(config, model)
         if c.init_adapter:
-            preprocessing |= export.start_preprocessing(c.init_adapter)
-            print(export.start(model, c.init_adapter, dataset.classes))
+            said, images = export.start(model, c.init_adapter, dataset.classes)
+            preprocessing |= images
+            print(said)
         for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
             data.keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
     info = {
