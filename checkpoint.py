@@ -18,6 +18,7 @@ import io
 import json
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -106,7 +107,10 @@ def atomic(path: Path) -> Iterator[Path]:
 def remove_temporaries(folder: Path) -> None:
     """Remove what processes that were killed while they wrote have left in a folder. None may be writing."""
     for temporary in folder.glob(".*.tmp"):
-        temporary.unlink(missing_ok=True)
+        if re.fullmatch(
+            r"\..+\.\d+\.tmp", temporary.name
+        ):  # atomic's, with the number of its process
+            temporary.unlink(missing_ok=True)
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -192,7 +192,10 @@ def check(config: Config) -> None:
         )
     if config.resume:
         check_resume(config)
-    elif config.out and (Path(config.out) / "config.json").exists():
+    elif config.out and any(
+        (Path(config.out) / name).exists()
+        for name in ("config.json", "last.pt", checkpoint.ADAPTER_FILE)
+    ):
         raise ValueError(taken(config.out))
     above = Path(config.out or "runs").absolute()
     while not above.exists():

@@ -394,6 +394,16 @@ def test_broken_images_are_replaced_and_listed_or_stop_the_run(workers, tmp_path
     assert last.startswith("train.py: 10 of 48 images cannot be read, which is over 1 %")
 
 
+@pytest.mark.parametrize("name", ["adapter.safetensors", "last.pt"])
+def test_files_of_another_run_are_not_overwritten(name, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"somebody's")
+    (tmp_path / ".mine.tmp").write_bytes(b"somebody's")
+    assert train.main(["--limit", "20", "--epochs", "1", "--out", str(tmp_path)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    checkpoint.remove_temporaries(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".mine.tmp"}
+
+
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20260101-120000")
