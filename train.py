@@ -102,8 +102,9 @@ def smaller(config: Config, error: Exception) -> str:
     """What to say where the memory does not suffice."""
     half, twice = -(-config.batch_size // 2), config.grad_accum * 2
     amp = "" if config.amp in ("bf16", "fp16") else "; or --amp bf16, on older GPUs --amp fp16"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"out of memory with --batch-size {config.batch_size} ({(str(error).splitlines() or [type(error).__name__])[0][:200]}); try "
+        f"out of memory with --batch-size {config.batch_size} ({reason[:200]}); try "
         f"--batch-size {half} --grad-accum {twice}, which learns the same{amp}"
     )
 
