@@ -20,6 +20,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 import checkpoint
@@ -120,6 +121,7 @@ class Log:
     """What a run says of itself: TensorBoard events, metrics.csv and one printed line an epoch."""
 
     COLUMNS = "epoch step lr train_loss images_per_second val_loss val_accuracy".split()
+    EVENTS = ".train"  # ends the names of its files of events
 
     def __init__(self, run: Run, steps: int):
         self.run, self.steps = run, steps
@@ -192,8 +194,10 @@ class Log:
             writer.writerows(self.rows)
 
     def save_events(self):
-        if not self.writer:  # from the first row on, in place of what other files here have
-            self.shown, self.writer = 0, SummaryWriter(self.run.folder, purge_step=0)
+        if not self.writer:  # a file that has all rows, from the first one on
+            self.earlier = list(self.run.folder.glob(f"events.out.tfevents.*{self.EVENTS}"))
+            self.shown = 0
+            self.writer = SummaryWriter(self.run.folder, purge_step=0, filename_suffix=self.EVENTS)
         try:
             for row in self.rows[self.shown :]:
                 for key in set(row) - {"epoch", "step", "time"}:  # train_loss is train/loss here
@@ -201,6 +205,11 @@ class Log:
                     self.writer.add_scalar(tag, row[key], row["step"], walltime=row["time"])
             self.writer.flush()
             self.shown = len(self.rows)
+            # TensorBoard reads files in the order of their names, which is not always that of their age.
+            for file in self.earlier:
+                with suppress(OSError):  # one that a reader holds open on Windows
+                    file.unlink()
+            self.earlier = []
         except OSError:
             with suppress(OSError):
                 self.writer.close()
@@ -230,7 +239,10 @@ class Log:
 
         def write():
             self.save_events()
-            self.writer.add_hparams(settings, best, run_name=".")
+            for summary in hparams(settings, best):  # add_hparams would open a file of its own
+                self.writer.file_writer.add_summary(summary)
+            for tag, value in best.items():
+                self.writer.add_scalar(tag, value)
             self.writer.close()
 
         attempt(self.run, "TensorBoard's events", write)

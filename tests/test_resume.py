@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from trees import pets
 
 import checkpoint
@@ -115,6 +117,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, stop_after):
     train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
     assert_clean(tmp_path)
+
+
+def test_events_that_one_second_sees_broken_off_and_gone_on_with(tmp_path, stop_after, monkeypatch):
+    """TensorBoard tells such files apart by a counter, and sorts them as text: 10 comes before 9."""
+    settings = {**QUICK, "adapter": "head"}
+    train.train(train.Config(out=tmp_path / "unbroken", **settings))
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: 1e9))
+    stop_after(2)
+    with pytest.raises(train.Stopped):
+        train.train(train.Config(out=tmp_path / "run", **settings))
+    foreign = tmp_path / "run" / "events.out.tfevents.1.elsewhere.1.0"
+    foreign.touch()
+    stop_after(10_000)
+    train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+    assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
+    assert len(list((tmp_path / "run").glob("*tfevents*.train"))) == 1 and foreign.exists()
 
 
 def test_files_that_workers_decode_and_one_that_is_broken(tmp_path, stop_after):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import DataLoader, TensorDataset
 from trees import food101, pets, tiny_imagenet
 
@@ -91,6 +92,10 @@ def test_default_run_s_tensorboard_and_metrics_agree(default_run):
         assert [v for _, v in written] == pytest.approx([v for _, v in shown], rel=1e-5)
     best = max(float(row["val_accuracy"]) for row in rows if row["val_accuracy"])
     assert f"{best:.2%}" in process.stdout.splitlines()[-1]
+    assert events.Scalars("best/val_accuracy")[0].value == pytest.approx(best)
+    start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    settings = HParamsPluginData.FromString(start).session_start_info.hparams
+    assert settings["adapter"].string_value == "lora" and settings["lr"].number_value == 5e-3
 
 
 @pytest.mark.slow
