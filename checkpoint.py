@@ -208,13 +208,14 @@ def load_adapter(
         )
         adapt(model, **{key: info[key] for key in ADAPT})
     except (ValueError, OSError) as error:
-        raise type(error)(f"{path}: {error}") from None
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{path}: {error}") from None
     copy_tensors(model, tensors, info, path)
     return model.to(device).eval(), info
 
 
 def seed_generators(seed: int) -> None:
-    """Start every random generator that a library may draw from."""
+    """Start every random generator that a library may draw from. seed: 0..2**32 - 1."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
@@ -261,10 +262,13 @@ def save_resume(path: Path, model: nn.Module, optimizer, scaler, rest: dict) -> 
         temporary.write_bytes(content.getbuffer())
 
 
-def read_resume(path: Path) -> dict:
-    """The content of a resume file, on the CPU. Raises ValueError if it is another kind of file."""
+def read_resume(path: Path, mmap: bool = False) -> dict:
+    """The content of a resume file, on the CPU. Raises ValueError if it is another kind of file.
+
+    mmap: leave the tensors on the disk, for who wants to know only what the file is of.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return content | {"config": dict(content["config"])}
     except OSError:
         raise

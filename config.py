@@ -234,7 +234,7 @@ def check_resume(config: Config) -> None:
         raise ValueError("--resume: expected --out as well, the folder of the run to go on with")
     folder = Path(config.out)
     if (folder / "last.pt").exists():
-        refuse_changes(config, checkpoint.read_resume(folder / "last.pt")["config"])
+        refuse_changes(config, checkpoint.read_resume(folder / "last.pt", mmap=True)["config"])
     elif (folder / checkpoint.ADAPTER_FILE).exists():  # it would be overwritten
         raise ValueError(
             f"--resume: {folder} holds an adapter but no last.pt to go on from; name another folder"
@@ -285,7 +285,6 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def taken(folder: str | Path) -> str:
-    return (
-        f"--out {folder}: holds a run already, or is a file; go on with it (--resume), name another "
-        "folder or remove it"
-    )
+    if Path(folder).is_file():
+        return f"--out {folder}: is a file; name a folder"
+    return f"--out {folder}: holds a run already; go on with it (--resume), name another folder or remove it"

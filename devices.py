@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -92,14 +93,29 @@ def world() -> int:
 
 
 def join(device: str) -> str:
-    """Under torchrun: meet the other processes, take a GPU of one's own. Returns the device to use."""
+    """Under torchrun: meet the other processes, take a GPU of one's own. Returns the device to use.
+
+    Raises ValueError if there is none for this process.
+    """
     if world() == 1:
         return device
-    device = "cuda" if device == "auto" and torch.cuda.is_available() else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"--device {device}: under torchrun expected auto, cpu or cuda, which is a GPU for each process"
+        )
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index >= gpus:
+            raise ValueError(
+                f"--device cuda: this machine has {gpus} GPUs for "
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes; start one for each, or give --device cpu"
+            )
+        device = f"cuda:{index}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # The first process of a machine may decode a large data set while the others wait: see in_turn.
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=3))
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     return device

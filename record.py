@@ -26,7 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import pictures
-from config import Config, refuse_changes, taken
+from config import Config, taken
 from devices import meet_at, rank, world
 
 try:
@@ -63,9 +63,9 @@ def make_folder(config: Config) -> tuple[Path, IO]:
     text = json.dumps({**asdict(config), "versions": versions}, indent=2)
     for folder in [Path(config.out)] if config.out else (Path("runs") / name for name in names):
         path = folder / "config.json"
+        mode = "r+" if config.resume and path.exists() else "x"  # of two at once, one gets it
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            mode = "r+" if config.resume and path.exists() else "x"  # of two at once, one gets it
             file = open(path, mode)
             if not lock(file):
                 file.close()
@@ -79,6 +79,8 @@ def make_folder(config: Config) -> tuple[Path, IO]:
             continue  # runs that start in one second have names of their own
         except OSError as error:
             reason = error.strerror
+            if mode == "x" and path.exists():  # empty, on a full disk; it would bar the next try
+                path.unlink()
             raise ValueError(f"--out {folder}: cannot be made ({reason}); name another") from None
     raise ValueError(taken(config.out))
 
@@ -275,7 +277,7 @@ class Progress:
             **{key: getattr(self, key) for key in self.KEPT},
             "log": self.log.state(),
             "bad": [split.bad for split in splits],
-            "identity": identity(self.run),
+            "identity": identity(self.run.dataset, self.run.info),
             "config": asdict(self.run.config),
         }
         model = self.run.model
@@ -287,15 +289,11 @@ class Progress:
     KEPT = ("done", "epoch", "best", "best_tensors", "result")
 
     def load(self) -> None:
-        """Go on where last.pt stands. Raises ValueError if it is of another run."""
+        """Go on where last.pt stands."""
         if not self.file.exists():
             print(f"--resume: no last.pt in {self.run.folder}; the run starts from the beginning")
             return
         content = checkpoint.read_resume(self.file)
-        refuse_changes(self.run.config, content["config"])
-        for key, now in identity(self.run).items():
-            if (then := content["identity"][key]) != now:
-                raise ValueError(f"--resume: {self.file}: {key} was {then}, is now {now}")
         checkpoint.restore_resume(content, self.run.model, self.optimizer, self.scaler)
         for key in self.KEPT:
             setattr(self, key, content[key])
@@ -325,17 +323,28 @@ class Progress:
         """What to say of a run whose loss or tensors are not finite any more."""
         lr = self.optimizer.param_groups[0]["lr"]
         scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
+        best = f"; the best epoch so far is in {self.run.folder}" if self.best_tensors else ""
         kept = f"; last.pt stays at step {self.saved}" if self.saved is not None else ""
         return (
-            f"{what} at step {self.done} (learning rate {lr:.3g}{scale}); the best epoch so far is in "
-            f"{self.run.folder}{kept}; try a smaller --lr or --alpha, or --amp off"
+            f"{what} at step {self.done} (learning rate {lr:.3g}{scale}){best}{kept}; "
+            "try a smaller --lr or --alpha, or --amp off"
         )
 
 
-def identity(run: Run) -> dict:
+def identity(dataset: data.Dataset, info: dict) -> dict:
     """What has to be the same in a run that goes on, beside its flags."""
-    images = [len(run.dataset.train), len(run.dataset.val)]
-    return {"images": images, "classes": run.dataset.classes, "trunk": run.info["trunk"]}
+    images = [len(dataset.train), len(dataset.val)]
+    return {"images": images, "classes": dataset.classes, "trunk": info["trunk"]}
+
+
+def refuse_others(config: Config, dataset: data.Dataset, info: dict) -> None:
+    """With --resume, raise ValueError if last.pt is of other data or another trunk: see refuse_changes."""
+    file = Path(config.out or "runs") / "last.pt"
+    if config.resume and file.exists():
+        then = checkpoint.read_resume(file, mmap=True)["identity"]
+        for key, now in identity(dataset, info).items():
+            if then[key] != now:
+                raise ValueError(f"--resume: {file}: {key} was {then[key]}, is now {now}")
 
 
 class Stopped(KeyboardInterrupt):

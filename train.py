@@ -38,7 +38,7 @@ from devices import (
     spread,
     world,
 )
-from record import Progress, Run, Signals, Stopped, attempt, draw, make_folder
+from record import Progress, Run, Signals, Stopped, attempt, draw, make_folder, refuse_others
 
 __all__ = ["RECIPES", "Config", "evaluate", "fit", "main", "parse", "prepare", "train"]
 
@@ -46,7 +46,9 @@ __all__ = ["RECIPES", "Config", "evaluate", "fit", "main", "parse", "prepare", "
 def train(config: Config) -> dict:
     """Train as config says; return val_accuracy (0..1, the best epoch's), run_dir, trainable, total, ...
 
-    Raises ValueError or OSError for a config or data that cannot work, before the run's folder is made.
+    Raises ValueError or OSError in one line: for a config or data that cannot work, before the run's folder
+    is made; later for a loss that is not finite, memory that does not suffice, an adapter that cannot be
+    written. Stopped, a KeyboardInterrupt, if a signal asks for it. What was saved before stays.
     """
     try:
         result = fit(prepare(config))
@@ -94,6 +96,7 @@ def prepare(config: Config) -> Run:
         "classes": dataset.classes,
         "preprocessing": preprocessing,
     }
+    refuse_others(config, dataset, info)
     made = make_folder(config)
     return Run(config, dataset, model, info, trainable, total, device, dtype, *made)
 
@@ -142,6 +145,9 @@ def train_epoch(run: Run, forward: nn.Module, at: "Progress", signals: "Signals"
     for step in data.progress(range(first, steps), **bar):
         lr = config.lr * (1 - at.done / (config.epochs * steps))
         at.optimizer.param_groups[0]["lr"] = lr
+        # A step's dropout depends on its number alone: torchrun's processes draw unequal amounts, if their
+        # shares are, and only the first one's generators are saved.
+        torch.manual_seed((config.seed * 1_000_003 + at.done) % 2**32)
         images = min(per_step, len(split) - step * per_step)  # the last step may be smaller
         loss = train_step(run, forward, batches, images, at.optimizer, at.scaler)
         at.done += 1

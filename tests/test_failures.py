@@ -74,6 +74,17 @@ def test_a_disk_that_stays_full_keeps_the_last_good_file(tmp_path):
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
 
 
+def test_a_disk_that_is_full_at_the_start_bars_no_later_try(tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        assert train.main([*FLAGS, "--out", str(tmp_path / "run"), "--cache-dir", "kept"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.endswith("cannot be made (File too large); name another\n")
+    assert train.main([*FLAGS, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+
+
 def in_step(monkeypatch, n, action):
     """Call action before the n-th step of a run."""
     whole, steps = train.train_step, []
@@ -101,6 +112,7 @@ def test_a_run_that_explodes_keeps_the_last_good_state(amp, tmp_path, monkeypatc
     scale = r", loss scale \d+" if amp == "fp16" else ""
     assert re.search(rf"the loss is nan at step 4 \(learning rate 0.00375{scale}\)", error)
     assert "last.pt stays at step 3; try a smaller --lr" in error and error.count("\n") == 1
+    assert "best epoch" not in error, "none has ended"
     last = checkpoint.read_resume(tmp_path / "run" / "last.pt")
     assert last["done"] == 3 and all(t.isfinite().all() for t in last["tensors"].values())
 

@@ -237,8 +237,10 @@ def test_other_data_is_refused(tmp_path, stop_after, capsys):
     flags = ["--dataset", "folder", "--out", str(tmp_path / "run"), "--batch-size", "8"]
     stop_after(2)
     assert train.main([*flags, "--data-dir", str(pets(tmp_path / "a", images=20))]) == 143
+    config = (tmp_path / "run" / "config.json").read_bytes()
     assert train.main([*flags, "--resume", "--data-dir", str(pets(tmp_path / "b", images=22))]) == 2
     assert "images was [" in capsys.readouterr().err
+    assert (tmp_path / "run" / "config.json").read_bytes() == config
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 1000, b"PK\x03\x04", b"\x80\x02."])

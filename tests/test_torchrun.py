@@ -55,7 +55,8 @@ def test_two_processes_learn_what_one_does(adapter, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path):
-    process = torchrun(tmp_path, *FLAGS, "--epochs", "12", "--out", "run")
+    flags = [*FLAGS, "--epochs", "12", "--adapter-dropout", "0.1", "--head-dropout", "0.1"]
+    process = torchrun(tmp_path, *flags, "--out", "run")
     for line in process.stdout:
         if line.startswith("epoch 2/"):
             break
@@ -66,7 +67,7 @@ def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path):
     done = checkpoint.read_resume(tmp_path / "run" / "last.pt")["done"]
     assert 8 <= done < 48
     for name, resume in (("run", ["--resume"]), ("unbroken", [])):
-        process = torchrun(tmp_path, *FLAGS, "--epochs", "12", "--out", name, *resume)
+        process = torchrun(tmp_path, *flags, "--out", name, *resume)
         said, error = process.communicate(timeout=400)
         assert process.returncode == 0, error
         assert (f"goes on after step {done} of 48" in said) == bool(resume)

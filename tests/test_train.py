@@ -321,6 +321,27 @@ def test_auto_is_bf16_where_the_gpu_has_it_and_fp16_where_it_emulates_it(
     assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (
+            "cuda",
+            "--device cuda: this machine has 2 GPUs for 4 processes; start one for each",
+        ),
+        ("auto", "--device cuda: this machine has 2 GPUs for 4 processes"),
+        ("cuda:1", "--device cuda:1: under torchrun expected auto, cpu or cuda"),
+    ],
+)
+def test_a_process_of_torchrun_without_a_gpu_says_so(device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**torchrun, "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        devices.join(device)
+
+
 def test_all_gpus_are_used_unless_one_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices.many_gpus(torch.device("cuda"))
