@@ -19,8 +19,10 @@ import json
 import os
 import random
 import re
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def fingerprint(model: nn.Module) -> str:
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of path once all is written, and never before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "r+b") as written:
@@ -104,13 +106,14 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder. None may be writing."""
+def remove_temporaries(folder: Path, idle: float = 0) -> None:
+    """Remove what processes that were killed while they wrote have left in a folder. Where others may be
+    writing, idle: only what nobody has written to for so many seconds."""
     for temporary in folder.glob(".*.tmp"):
-        if re.fullmatch(
-            r"\..+\.\d+\.tmp", temporary.name
-        ):  # atomic's, with the number of its process
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            ours = re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", temporary.name)  # atomic's
+            if ours and time.time() - temporary.stat().st_mtime >= idle:
+                temporary.unlink()
 
 
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:

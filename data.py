@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-from checkpoint import atomic
+from checkpoint import atomic, remove_temporaries
 from sources import SOURCES, Dataset, Split, even_rows, load
 
 __all__ = ["SOURCES", "Dataset", "Split", "batches", "even_rows", "keep", "load", "progress"]
@@ -517,6 +517,7 @@ def write_pixels(path: Path, whole: Whole, workers: int | None) -> dict:
     Raises OSError, with nothing left behind, if they have no room or the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(path.parent, idle=3600)
     identity, needed = whole.identity(), expected_bytes(whole)
     print(f"{len(whole):,} images are decoded into {path}: {needed / 1e9:.2f} GB", flush=True)
     if needed > (free := shutil.disk_usage(path.parent).free):

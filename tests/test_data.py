@@ -484,6 +484,16 @@ def test_two_runs_may_keep_the_same_images_at_once(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_what_a_killed_run_was_writing_is_removed_once_it_is_old(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name in ("old", "fresh"):
+        (folder / f".{name}.pixels.0123abcd.tmp").write_bytes(b"half")
+    os.utime(folder / ".old.pixels.0123abcd.tmp", (1, 1))
+    data.keep(small(tmp_path), folder)
+    assert [path.name for path in folder.glob(".*")] == [".fresh.pixels.0123abcd.tmp"]
+
+
 def test_a_picture_of_an_augmented_batch(tmp_path):
     """To be looked at: upright, natural colours, crops and mirrorings that differ."""
     split = data.load("folder", str(pets(tmp_path, images=12, size=(512, 384)))).train

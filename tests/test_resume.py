@@ -323,7 +323,7 @@ def test_stale_temporaries_go_when_a_run_goes_on(tmp_path, stop_after):
     stop_after(2)
     with pytest.raises(train.Stopped):
         train.train(train.Config(out=tmp_path / "run", **QUICK))
-    (tmp_path / "run" / ".last.pt.123.tmp").write_bytes(b"half")
+    (tmp_path / "run" / ".last.pt.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / "run" / "notes.tmp").write_bytes(b"a user's own")
     stop_after(10_000)
     train.train(train.Config(out=tmp_path / "run", resume=True, **QUICK))

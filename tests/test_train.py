@@ -420,6 +420,25 @@ def test_broken_images_are_replaced_and_listed_or_stop_the_run(workers, tmp_path
     assert last.startswith("train.py: 10 of 48 images cannot be read, which is over 1 %")
 
 
+@pytest.mark.parametrize("flags", [["--dataset", "tiny-imagenet"], ["--cache"], []])
+def test_data_may_be_read_only(flags, tmp_path):
+    """Nothing is written where the data lies: its files and folders stay, with their times."""
+    root = tmp_path / "tiny-imagenet-200"
+    if "tiny-imagenet" in flags:
+        tiny_imagenet(root, classes=4)
+    else:
+        pets(root)
+
+    def content():
+        return {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
+
+    before = content()
+    flags = ["--dataset", "folder", *flags, "--data-dir", str(root), "--out", str(tmp_path / "run")]
+    flags += "--batch-size 8 --epochs 1 --image-size 28 --workers 2".split()
+    assert train.main(flags) == 0
+    assert content() == before
+
+
 @pytest.mark.parametrize("name", ["adapter.safetensors", "last.pt"])
 def test_files_of_another_run_are_not_overwritten(name, tmp_path, capsys):
     (tmp_path / name).write_bytes(b"somebody's")
