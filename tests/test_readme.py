@@ -1,12 +1,22 @@
 """README's own lines: what it tells a reader to run, runs."""
 
+import json
 import re
 import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
+import pytest
 from conftest import ROOT
 from sdxl import toy_sdxl
 from trees import food101, tiny_imagenet, write_image
 
+import checkpoint
+import export
+import predict
 import train
 
 README = (ROOT / "README.md").read_text()
@@ -16,24 +26,115 @@ SHELL = [
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
-def test_every_training_command_gets_as_far_as_the_first_step(tmp_path, monkeypatch):
-    """All but the weights, which cannot be had without network, and the size of the run."""
-    tiny_imagenet(tmp_path / "path/to/tiny-imagenet-200", classes=4)
-    food101(tmp_path / "path/to/food-101")
+SMALL = "--limit 4 --epochs 1 --batch-size 1 --workers 0".split()
+
+
+def arguments(line):
+    """What follows the script's name in a line."""
+    words = shlex.split(line, comments=True)
+    return words[next(i for i, word in enumerate(words) if word.endswith(".py")) + 1 :]
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A folder with a run and photos, as README's commands name them."""
+    monkeypatch.chdir(tmp_path)
     for label, name in enumerate(("cat", "dog")):
         for i in range(10):
             write_image(tmp_path / "photos" / name / f"{i}.jpg", label, i, (160, 120))
-    monkeypatch.chdir(tmp_path)
-    commands = [line.split("python train.py")[1] for line in SHELL if "python train.py" in line]
-    assert len(commands) >= 3
-    for command in commands:
-        arguments = shlex.split(command.replace("/path/to", "path/to"))
-        config = train.parse(arguments)
-        if config.model == "vit_b_16":
-            arguments += ["--weights", "none", "--image-size", "32"]
-            arguments += ["--amp", "off"]
-        small = ["--limit", "4", "--epochs", "1", "--batch-size", "1", "--workers", "0"]
-        assert train.main([*arguments, *small]) == 0, command
+    write_image(tmp_path / "photo.jpg", 0, 1)
+    train.train(train.Config(limit=20, epochs=1, out="runs/x"))
+    return tmp_path / "runs"
+
+
+def test_each_command_has_its_test():
+    """pip's lines: .ci/run takes the second, and test_train runs what the first does."""
+    tested = ("pip install", "python train.py", "python predict.py", "python export.py")
+    tested += ("torchrun", "tensorboard")
+    for line in SHELL:
+        assert line.startswith(tested), line
+
+
+def test_commands_that_predict_and_export(runs, capsys):
+    scripts = {"python predict.py": predict, "python export.py": export}
+    lines = [line for line in SHELL if line.startswith(tuple(scripts))]
+    assert len(lines) == 5
+    for line in lines:
+        script = next(script for start, script in scripts.items() if line.startswith(start))
+        assert script.main(arguments(line)) == 0, line
+    said = capsys.readouterr().out
+    assert said.count("Predicted class: ") == 1 and said.count("photos/") == 20
+    for name in ("sheet.png", "folder/adapter_config.json", "mine.safetensors", "vit.pth"):
+        assert (runs.parent / name).is_file()
+
+
+@pytest.mark.slow
+def test_the_command_of_tensorboard_shows_the_run(runs):
+    (line,) = (line for line in SHELL if line.startswith("tensorboard"))
+    port = str(free_port())
+    # -m: the script of that name need not be on the path of whoever runs the tests
+    command = [sys.executable, "-m", "tensorboard.main", *shlex.split(line)[1:], "--port", port]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    found = []
+    try:
+        while not found and server.poll() is None:
+            time.sleep(0.5)
+            try:
+                with urllib.request.urlopen(f"http://localhost:{port}/data/runs") as answer:
+                    found = json.load(answer)
+            except OSError:
+                pass  # it does not listen yet
+    finally:
+        server.kill()
+    assert found == ["x"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo's torchrun is for Unix")
+def test_commands_of_torchrun(tmp_path):
+    """The second one twice, for two machines; without GPUs, full-size weights and Tiny-ImageNet."""
+    tiny_imagenet(tmp_path / "data" / "tiny-imagenet-200", classes=4)
+    lines = [line for line in SHELL if line.startswith("torchrun")]
+    assert [line.count("HOST") for line in lines] == [0, 1]
+    lines = [line.replace("HOST:29500", f"localhost:{free_port()}") for line in lines]
+    small = "--epochs 1 --workers 0 --limit 8 --batch-size 4 --device cpu"
+    for line, machines in zip(lines, (1, 2), strict=True):
+        command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
+        script = command.index("train.py")
+        command[script] = str(ROOT / "train.py")
+        if "tiny-imagenet" in line:
+            command += "--weights none --image-size 32".split()
+        else:
+            assert command[script + 1 :] == ["--out", "runs/mine"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [
+            subprocess.Popen([*command, *small.split()], cwd=tmp_path, **pipes)
+            for _ in range(machines)
+        ]
+        ends = [process.communicate(timeout=300) for process in started]
+        assert all(process.returncode == 0 for process in started), ends
+        assert sum(said.count("Validation Accuracy: ") for said, _ in ends) == 1
+    done = checkpoint.read_resume(tmp_path / "runs" / "mine" / "last.pt")
+    assert done["done"] == 2 and done["config"]["batch_size"] == 4
+
+
+def test_every_training_command_gets_as_far_as_the_first_step(runs):
+    """All but the weights, which cannot be had without network, and the size of the run."""
+    tiny_imagenet(runs.parent / "path/to/tiny-imagenet-200", classes=4)
+    food101(runs.parent / "path/to/food-101")
+    lines = [line for line in SHELL if line.startswith("python train.py")]
+    assert len(lines) >= 3
+    for line in lines:
+        flags = arguments(line.replace("/path/to", "path/to"))
+        if train.parse(flags).model == "vit_b_16":
+            flags += "--weights none --image-size 32 --amp off".split()
+        assert train.main([*flags, *SMALL]) == 0, line
 
 
 def test_python_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
