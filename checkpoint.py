@@ -211,7 +211,9 @@ def load_adapter(
         )
         adapt(model, **{key: info[key] for key in ADAPT})
     except (ValueError, OSError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
+        # Not type(error): a subclass such as JSONDecodeError takes other arguments.
+        kinds = (FileNotFoundError, OSError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
         raise kind(f"{path}: {error}") from None
     copy_tensors(model, tensors, info, path)
     return model.to(device).eval(), info
