@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=4000, help="of 64 pixels; an eighth as many large ones"
     )
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "data.md")
     options = parser.parse_args()
     many, few = options.images, options.images // 8
     rows = [
@@ -161,7 +162,7 @@ def main() -> None:
             "",
         ]
     )
-    (ROOT / "bench" / "data.md").write_text(text)
+    options.out.write_text(text)
 
 
 if __name__ == "__main__":

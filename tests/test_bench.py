@@ -1,0 +1,39 @@
+"""The benches run and write what README shows. What they measure is no matter for a test."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+ROUTES = {
+    "speed": ("--blocks 1 --rounds 1 --ranks 2 --batches 1 --targets query,value", 11),
+    "data": ("--rounds 1 --epochs 2 --images 80 --workers 0 --device cpu", 4),
+    "end_to_end": ("--kinds lora --rounds 1 --steps 2 --batch 2 --workers 0", 1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTES)
+def test_a_bench_measures_all_that_it_names(name, tmp_path):
+    flags, rows = ROUTES[name]
+    out = tmp_path / f"{name}.md"
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / f"{name}.py"),
+        *flags.split(),
+        "--out",
+        str(out),
+    ]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert process.returncode == 0, process.stderr
+    table = [line for line in out.read_text().splitlines() if re.match(r"\|.*\d", line)]
+    figures = [
+        [float(cell.replace(",", "")) for cell in re.findall(r"[\d,.]*\d", line)] for line in table
+    ]
+    assert len([line for line in table if len(line.split("|")) > 4]) >= rows
+    assert all(figure > 0 for line in figures for figure in line), table
+    if name == "speed":
+        assert Image.open(out.with_suffix(".png")).size[0] > 300
