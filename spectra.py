@@ -1,0 +1,183 @@
+"""Draw what adapters have learnt for a layer: delta W of each, and their singular values in one panel.
+
+    python spectra.py runs/lora runs/loha runs/lokr --out delta.png
+    python spectra.py a.safetensors b.safetensors --layer encoder.layers.0.self_attention.query
+
+The numbers behind the picture are printed, a line for each adapter. Exit status 0; 2 for a mistake.
+"""
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import checkpoint
+import lokr
+from config import Parser
+from pictures import BLUE, NAMES, ORANGE, check_figure, entitle
+
+# Okabe and Ito's, told apart without colour vision; the marks do so without any colour.
+MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
+
+
+@dataclass
+class Delta:
+    """What one adapter adds to the layer."""
+
+    label: str
+    numbers: int  # trained, of this layer's adapter
+    delta: torch.Tensor  # (out, in), float64
+    moved: float  # ||delta W|| / ||W||
+    blocks: tuple[int, int]  # rows and columns of LoKr's W1, 1 x 1 for the others
+    values: torch.Tensor  # singular values, the largest first
+
+    @property
+    def rank(self) -> int:
+        """The numerical rank: singular values above what rounding leaves, as torch's matrix_rank has it."""
+        least = max(self.delta.shape) * torch.finfo(torch.float64).eps * self.values[0]
+        return int((self.values > least).sum())
+
+
+def read(path: str, weights: str | None) -> tuple[nn.Module, dict]:
+    """As load_adapter, for files that hold an adapter. ValueError for the others."""
+    _, info = checkpoint.read_adapter(path)
+    if info["adapter"] not in checkpoint.ADAPTERS:
+        expected = ", ".join(checkpoint.ADAPTERS)
+        raise ValueError(
+            f"{path}: adapter: expected one of {expected}, found {info['adapter']!r}, which has no delta W"
+        )
+    return checkpoint.load_adapter(path, weights)
+
+
+def pick(path: str, model: nn.Module, layer: str | None) -> str:
+    """The layer, or the one that its adapter has moved the most. ValueError if it is not adapted."""
+    norms = checkpoint.relative_norms(model)
+    if layer and layer not in norms:
+        there = ", ".join(norms)
+        raise ValueError(f"--layer {layer}: not adapted in {path}; there are: {there}")
+    return layer or max(norms, key=norms.get)
+
+
+@torch.no_grad()
+def measure(module: nn.Module, info: dict) -> Delta:
+    """All that is drawn of one adapter. In float64, so that rounding is far below what was trained."""
+    numbers = sum(p.numel() for p in module.parameters(recurse=False))
+    module = module.double()
+    delta = module.delta_weight()
+    blocks = (1, 1)
+    if info["adapter"] == "lokr":
+        blocks = tuple(lokr.factorization(size, info["factor"])[0] for size in delta.shape)
+    moved = (delta.norm() / module.linear.weight.norm()).item()
+    factor = (
+        f", factor {info['factor']}" if info["adapter"] == "lokr" and info["factor"] > 0 else ""
+    )
+    label = f"{NAMES[info['adapter']]} rank {info['rank']}{factor}"
+    return Delta(label, numbers, delta, moved, blocks, torch.linalg.svdvals(delta))
+
+
+def draw(shown: list[Delta], title: str, path: Path) -> None:
+    """Above, each delta W as an image; below, the singular values of all."""
+    figure = Figure(figsize=(max(3.3 * len(shown), 6.6), 6.8), layout="constrained")
+    grid = figure.add_gridspec(2, len(shown), height_ratios=(1.5, 1))
+    above = [figure.add_subplot(grid[0, i]) for i in range(len(shown))]
+    for axes, one in zip(above, shown, strict=True):
+        image = draw_delta(axes, one)
+    bar = figure.colorbar(image, ax=above, shrink=0.75, ticks=[-1, 0, 1])
+    bar.ax.set_yticklabels(["−", "0", "+"])
+    bar.set_label("delta W, each in its own range", fontsize=8)
+    draw_spectra(figure.add_subplot(grid[1, :]), shown)
+    entitle(figure, title)
+    figure.savefig(path, dpi=150)
+
+
+def draw_delta(axes, one: Delta):
+    """delta W as an image; LoKr's with lines around its blocks, and each as a multiple of the strongest."""
+    n_out, n_in = one.delta.shape
+    limit = np.quantile(one.delta.abs(), 0.995)  # a few large numbers would leave all others pale
+    image = axes.imshow(one.delta / (limit or 1), cmap="PuOr", vmin=-1, vmax=1)
+    axes.set_title(f"{one.label}: {one.numbers:,} numbers\nrank of delta W: {one.rank}", fontsize=9)
+    axes.set_xlabel(f"{n_in} inputs", fontsize=8)
+    axes.set_ylabel(f"{n_out} outputs", fontsize=8)
+    axes.set(xticks=[], yticks=[])
+    rows, columns = one.blocks
+    height, width = n_out / rows, n_in / columns
+    for i in range(1, rows):
+        axes.axhline(i * height - 0.5, color="black", linewidth=0.8)
+    for j in range(1, columns):
+        axes.axvline(j * width - 0.5, color="black", linewidth=0.8)
+    if 1 < max(rows, columns) <= 4:
+        for i, row in enumerate(multiples(one.delta, one.blocks).tolist()):
+            for j, multiple in enumerate(row):
+                place = ((j + 0.5) * width - 0.5, (i + 0.5) * height - 0.5)
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+                text = f"{multiple:+.2f} W2".replace("-", "−")
+                axes.text(*place, text, ha="center", va="center", fontsize=8, bbox=box)
+    return image
+
+
+def multiples(delta: torch.Tensor, blocks: tuple[int, int]) -> torch.Tensor:
+    """What number times its strongest block each block of a Kronecker product is."""
+    parts = delta.reshape(blocks[0], -1, blocks[1], delta.shape[1] // blocks[1])
+    parts = parts.transpose(1, 2).flatten(2)  # (rows, columns, numbers of a block)
+    strongest = parts.flatten(0, 1)[parts.norm(dim=2).argmax()]
+    return parts @ strongest / (strongest @ strongest)
+
+
+def draw_spectra(axes, shown: list[Delta]) -> None:
+    """Singular values over the largest, as far as the rank goes."""
+    for one, (colour, mark) in zip(shown, itertools.cycle(MARKS)):
+        values = (one.values / one.values[0])[: one.rank]
+        label = f"{one.label}: rank {one.rank}, ||delta W|| = {one.moved:.2f} ||W||"
+        where = range(1, one.rank + 1)
+        axes.plot(where, values, color=colour, marker=mark, markersize=4, linewidth=1, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel(f"singular value (of {len(shown[0].values)})", fontsize=8)
+    axes.set_ylabel("over the largest", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def run(argv: list[str] | None) -> None:
+    parser = Parser(description="Draw what adapters have learnt for a layer.")
+    add = parser.add_argument
+    add("adapters", nargs="+", help="adapter files, or folders of runs")
+    add(
+        "--layer", help="its name in the model (default: the one that the first adapter moved most)"
+    )
+    add("--out", default="delta.png", metavar="FILE", help="the picture (default: delta.png)")
+    add("--weights", help="the trunk: a name or a file (default: where it was in training)")
+    given = parser.parse_args(argv)
+    check_figure(Path(given.out), "--out")
+    shown, layer = [], given.layer
+    for path in given.adapters:
+        model, info = read(path, given.weights)
+        layer = pick(path, model, layer)
+        one = measure(model.get_submodule(layer), info)
+        shown.append(one)
+        print(
+            f"{path}: {one.label}, {layer}: {one.numbers:,} numbers, rank of delta W {one.rank}, "
+            f"||delta W|| / ||W|| {one.moved:.3f}"
+        )
+    draw(shown, layer, Path(given.out))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw as the command line says; 0, or 2 after one line on stderr."""
+    try:
+        run(argv)
+    except (ValueError, OSError) as error:
+        print(f"spectra.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
