@@ -23,6 +23,8 @@ from pictures import BLUE, NAMES, ORANGE, check_figure, entitle
 
 # Okabe and Ito's, told apart without colour vision; the marks do so without any colour.
 MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
+SIDE = 192  # rows and columns of delta W in an image, at most: of a larger one every second, third, ...
+WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 
 
 @dataclass
@@ -69,25 +71,22 @@ def measure(module: nn.Module, info: dict) -> Delta:
     numbers = sum(p.numel() for p in module.parameters(recurse=False))
     module = module.double()
     delta = module.delta_weight()
-    blocks = (1, 1)
+    label, blocks = f"{NAMES[info['adapter']]} rank {info['rank']}", (1, 1)
     if info["adapter"] == "lokr":
         blocks = tuple(lokr.factorization(size, info["factor"])[0] for size in delta.shape)
+        label += f", {blocks[0]} x {blocks[1]} blocks"
     moved = (delta.norm() / module.linear.weight.norm()).item()
-    factor = (
-        f", factor {info['factor']}" if info["adapter"] == "lokr" and info["factor"] > 0 else ""
-    )
-    label = f"{NAMES[info['adapter']]} rank {info['rank']}{factor}"
     return Delta(label, numbers, delta, moved, blocks, torch.linalg.svdvals(delta))
 
 
 def draw(shown: list[Delta], title: str, path: Path) -> None:
     """Above, each delta W as an image; below, the singular values of all."""
-    figure = Figure(figsize=(max(3.3 * len(shown), 6.6), 6.8), layout="constrained")
-    grid = figure.add_gridspec(2, len(shown), height_ratios=(1.5, 1))
+    figure = Figure(figsize=(max(2.75 * len(shown), 5.5), 5.4), layout="constrained")
+    grid = figure.add_gridspec(2, len(shown), height_ratios=(1.4, 1))
     above = [figure.add_subplot(grid[0, i]) for i in range(len(shown))]
     for axes, one in zip(above, shown, strict=True):
         image = draw_delta(axes, one)
-    bar = figure.colorbar(image, ax=above, shrink=0.75, ticks=[-1, 0, 1])
+    bar = figure.colorbar(image, ax=above, shrink=0.7, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["−", "0", "+"])
     bar.set_label("delta W, each in its own range", fontsize=8)
     draw_spectra(figure.add_subplot(grid[1, :]), shown)
@@ -98,25 +97,30 @@ def draw(shown: list[Delta], title: str, path: Path) -> None:
 def draw_delta(axes, one: Delta):
     """delta W as an image; LoKr's with lines around its blocks, and each as a multiple of the strongest."""
     n_out, n_in = one.delta.shape
-    limit = np.quantile(one.delta.abs(), 0.995)  # a few large numbers would leave all others pale
-    image = axes.imshow(one.delta / (limit or 1), cmap="PuOr", vmin=-1, vmax=1)
-    axes.set_title(f"{one.label}: {one.numbers:,} numbers\nrank of delta W: {one.rank}", fontsize=9)
-    axes.set_xlabel(f"{n_in} inputs", fontsize=8)
-    axes.set_ylabel(f"{n_out} outputs", fontsize=8)
-    axes.set(xticks=[], yticks=[])
+    steps = [-(-size // SIDE) for size in (n_out, n_in)]
+    part = one.delta[:: steps[0], :: steps[1]]
+    limit = np.quantile(part.abs(), 0.995)  # a few large numbers would leave all others pale
+    place = {"extent": (0, n_in, n_out, 0), "aspect": "auto", "interpolation": "nearest"}
+    image = axes.imshow(part / (limit or 1), cmap="PuOr", vmin=-1, vmax=1, **place)
+    axes.set_title(f"{one.label}\n{one.numbers:,} numbers, rank of delta W {one.rank}", fontsize=9)
+    for name, step, n, tell in (
+        ("outputs", steps[0], n_out, axes.set_ylabel),
+        ("inputs", steps[1], n_in, axes.set_xlabel),
+    ):
+        tell(f"{n} {name}" + (f", one in {step} shown" if step > 1 else ""), fontsize=8)
+    axes.set(xticks=[], yticks=[], box_aspect=1)
     rows, columns = one.blocks
-    height, width = n_out / rows, n_in / columns
+    line = {"color": "black", "linewidth": min(0.8, 6 / max(rows, columns))}
     for i in range(1, rows):
-        axes.axhline(i * height - 0.5, color="black", linewidth=0.8)
+        axes.axhline(i * n_out / rows, **line)
     for j in range(1, columns):
-        axes.axvline(j * width - 0.5, color="black", linewidth=0.8)
-    if 1 < max(rows, columns) <= 4:
+        axes.axvline(j * n_in / columns, **line)
+    if 1 < max(rows, columns) <= 4:  # more would not be readable
         for i, row in enumerate(multiples(one.delta, one.blocks).tolist()):
             for j, multiple in enumerate(row):
-                place = ((j + 0.5) * width - 0.5, (i + 0.5) * height - 0.5)
-                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+                middle = ((j + 0.5) * n_in / columns, (i + 0.5) * n_out / rows)
                 text = f"{multiple:+.2f} W2".replace("-", "−")
-                axes.text(*place, text, ha="center", va="center", fontsize=8, bbox=box)
+                axes.text(*middle, text, ha="center", va="center", fontsize=8, bbox=WHITE)
     return image
 
 
@@ -130,14 +134,24 @@ def multiples(delta: torch.Tensor, blocks: tuple[int, int]) -> torch.Tensor:
 
 def draw_spectra(axes, shown: list[Delta]) -> None:
     """Singular values over the largest, as far as the rank goes."""
+    lowest = 0.1
     for one, (colour, mark) in zip(shown, itertools.cycle(MARKS)):
-        values = (one.values / one.values[0])[: one.rank]
-        label = f"{one.label}: rank {one.rank}, ||delta W|| = {one.moved:.2f} ||W||"
-        where = range(1, one.rank + 1)
-        axes.plot(where, values, color=colour, marker=mark, markersize=4, linewidth=1, label=label)
+        values = (one.values / one.values[0])[: one.rank].tolist()
+        look = {"color": colour, "marker": mark, "markersize": 4, "linewidth": 1}
+        label = f"{one.label}: ||delta W|| = {one.moved:.2f} ||W||"
+        every = [*range(0, one.rank - 1, max(1, one.rank // 32)), one.rank - 1]
+        axes.plot(range(1, one.rank + 1), values, label=label, markevery=every, **look)
+        if values:
+            text, end = f"rank {one.rank}", (one.rank, values[-1])
+            note = {"xytext": (7, 0), "textcoords": "offset points", "va": "center", "bbox": WHITE}
+            axes.annotate(text, end, fontsize=8, color=colour, **note)
+            lowest = min(lowest, values[-1])
     axes.set_yscale("log")
-    axes.set_xlabel(f"singular value (of {len(shown[0].values)})", fontsize=8)
-    axes.set_ylabel("over the largest", fontsize=8)
+    axes.set_ylim(lowest / 1.5, 1.3)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_xlabel(f"which of the {len(shown[0].values)} singular values", fontsize=8)
+    axes.set_ylabel("singular value / the largest", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -166,7 +180,7 @@ def run(argv: list[str] | None) -> None:
             f"{path}: {one.label}, {layer}: {one.numbers:,} numbers, rank of delta W {one.rank}, "
             f"||delta W|| / ||W|| {one.moved:.3f}"
         )
-    draw(shown, layer, Path(given.out))
+    draw(shown, f"delta W of {layer}", Path(given.out))
 
 
 def main(argv: list[str] | None = None) -> int:
