@@ -121,7 +121,7 @@ def plot_matrix(counts: torch.Tensor, names: list[str]) -> Figure:
     figure = Figure(figsize=(max(size + 2.2, 4), max(size + 1.4, 3)), layout="constrained")
     axes = figure.subplots()
     # The few percent that are the news would all be dark on a linear scale.
-    shown = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.4, 0, 100))
+    shown = axes.imshow(shares.numpy(), cmap="cividis", norm=PowerNorm(0.4, 0, 100))
     for i, row in enumerate(shares.tolist()):
         for j, share in enumerate(row):
             if share > 0:

@@ -401,7 +401,7 @@ def draw(run: Run, accuracy: float, counts: torch.Tensor | None) -> None:
         f"{config.dataset}, {what}: {run.trainable:,} trainable parameters",
     )
     title = f"{config.dataset}, {what}: validation accuracy {accuracy:.1%}"
-    if counts is not None:  # a last.pt of old has none
+    if counts is not None and counts.any():  # a last.pt of old has none
         pictures.plot_confusion(counts, run.dataset.classes, run.folder / "confusion.png", title)
     preprocessing = run.info["preprocessing"]
     few = run.dataset.val.rows(data.even_rows(run.dataset.val.labels, 24))

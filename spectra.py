@@ -19,7 +19,7 @@ from torch import nn
 import checkpoint
 import lokr
 from config import Parser
-from pictures import BLUE, NAMES, ORANGE, check_figure, entitle
+from pictures import BLUE, NAMES, ORANGE, check_figure, entitle, shorten
 
 # Okabe and Ito's, told apart without colour vision; the marks do so without any colour.
 MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
@@ -98,11 +98,11 @@ def draw_delta(axes, one: Delta):
     """delta W as an image; LoKr's with lines around its blocks, and each as a multiple of the strongest."""
     n_out, n_in = one.delta.shape
     steps = [-(-size // SIDE) for size in (n_out, n_in)]
-    part = one.delta[:: steps[0], :: steps[1]]
-    limit = np.quantile(part.abs(), 0.995)  # a few large numbers would leave all others pale
+    part = one.delta[:: steps[0], :: steps[1]].numpy()
+    limit = np.quantile(np.abs(part), 0.995)  # a few large numbers would leave all others pale
     place = {"extent": (0, n_in, n_out, 0), "aspect": "auto", "interpolation": "nearest"}
     image = axes.imshow(part / (limit or 1), cmap="PuOr", vmin=-1, vmax=1, **place)
-    axes.set_title(f"{one.label}\n{one.numbers:,} numbers, rank of delta W {one.rank}", fontsize=9)
+    axes.set_title(f"{one.label}\n{one.numbers:,} numbers, rank of delta W {one.rank}", fontsize=8)
     for name, step, n, tell in (
         ("outputs", steps[0], n_out, axes.set_ylabel),
         ("inputs", steps[1], n_in, axes.set_xlabel),
@@ -180,6 +180,10 @@ def run(argv: list[str] | None) -> None:
             f"{path}: {one.label}, {layer}: {one.numbers:,} numbers, rank of delta W {one.rank}, "
             f"||delta W|| / ||W|| {one.moved:.3f}"
         )
+    if len({one.label for one in shown}) < len(shown):  # told apart by their names then
+        for path, one in zip(map(Path, given.adapters), shown, strict=True):
+            name = path.parent.name if path.name == checkpoint.ADAPTER_FILE else path.stem
+            one.label = f"{shorten(name, 30)}: {one.label}"
     draw(shown, f"delta W of {layer}", Path(given.out))
 
 
