@@ -125,9 +125,7 @@ def plot_matrix(counts: torch.Tensor, names: list[str]) -> Figure:
     for i, row in enumerate(shares.tolist()):
         for j, share in enumerate(row):
             if share > 0:
-                text = (
-                    f"{share:.0f}" if share >= 9.95 else f"{share:.1f}" if share >= 0.05 else "<.1"
-                )
+                text = f"{share:.{0 if share >= 9.95 else 1}f}" if share >= 0.05 else "<.1"
                 colour = "black" if shown.norm(share) > 0.5 else "white"
                 axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
     labels, places = [shorten(name) for name in names], range(len(names))
@@ -162,12 +160,9 @@ def plot_pairs(counts: torch.Tensor, names: list[str]) -> Figure:
     axes.set_ylim(max(len(pairs), 3) - 0.5, -0.5)
     axes.margins(x=0.3)  # for the notes
     axes.set_xticks([])
-    head = (
-        "true → predicted, and of how many images"
-        if pairs
-        else "no image is taken for another class"
+    axes.set_title(
+        "true → predicted" if pairs else "all images are said to be what they are", size=9
     )
-    axes.set_title(head, fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return figure

@@ -1,7 +1,7 @@
 """Draw what adapters have learnt for a layer: delta W of each, and their singular values in one panel.
 
     python spectra.py runs/lora runs/loha runs/lokr --out delta.png
-    python spectra.py a.safetensors b.safetensors --layer encoder.layers.0.self_attention.query
+    python spectra.py a.safetensors b.safetensors --layer encoder.layers.encoder_layer_0.self_attention.query
 
 The numbers behind the picture are printed, a line for each adapter. Exit status 0; 2 for a mistake.
 """

@@ -182,7 +182,7 @@ def test_bars_are_the_most_confused_pairs_in_order(drawn, tmp_path):
     assert axes.texts[0].get_text() == "60 of 111, 54 %"
     assert axes.yaxis.get_inverted(), "the most confused one is above"
     pictures.plot_confusion(counts.diag().diag(), names, tmp_path / "x.png", "x")
-    assert "no image is taken for another class" in texts(drawn[1])
+    assert "all images are said to be what they are" in texts(drawn[1])
 
 
 # On 128 x 128, LoKr's W1 is 8 x 8 and its W2 16 x 16: rank 2 factors W2. With factor 4 they are 4 x 4
