@@ -246,6 +246,7 @@ def test_the_layer_is_the_one_that_moved_most_and_alike_adapters_are_told_apart(
     assert {text[:15] for text in texts(drawn[0])} >= {"a: LoHa rank 2\n", "b: LoHa rank 2\n"}
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, of a division by zero
 def test_an_adapter_that_has_learnt_nothing_is_drawn(drawn, tmp_path, capsys):
     train.main(
         f"--limit 10 --epochs 1 --lr 1e-30 --workers 0 --weight-decay 0 --out {tmp_path}/run".split()
