@@ -125,6 +125,14 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+@torch.no_grad()
+def relative_norms(model: nn.Module) -> dict[str, float]:
+    """How far each adapter has moved its layer: ||delta W|| / ||W||, Frobenius norms, by name."""
+    layers = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
+    norms = [m.delta_weight().norm() / m.linear.weight.norm() for m in layers.values()]
+    return dict(zip(layers, torch.stack(norms).tolist() if norms else [], strict=True))
+
+
 def put(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """The opposite of trained: give the trainable tensors of the model these values."""
     with torch.no_grad():

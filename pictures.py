@@ -1,4 +1,4 @@
-"""The pictures that a run leaves: its learning curves, and predictions on validation images."""
+"""The pictures that a run leaves: learning curves, predictions on validation images, confused classes."""
 
 import csv
 import math
@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import (
     Figure,  # no pyplot: it would pick a display and keep every figure open
 )
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart without colour vision too (Okabe and Ito)
+NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "head": "linear probe", "full": "full"}
+MATRIX = 12  # classes: up to so many, their confusion is a matrix that can be read
+PAIRS = 15  # shown of more classes
 
 
 def plot_curves(metrics: Path, path: Path, title: str) -> None:
@@ -45,7 +49,7 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, parse_math=False)
+    entitle(figure, title, 12)
     figure.savefig(path, dpi=150)
 
 
@@ -93,8 +97,92 @@ def plot_predictions(
             weight="normal" if right else "bold",
             parse_math=False,  # a class may be called $5
         )
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    entitle(figure, title)
     figure.savefig(path, dpi=150)
+
+
+def plot_confusion(counts: torch.Tensor, classes: list[str], path: Path, title: str) -> None:
+    """Which classes are taken for which; counts[i, j]: how many images of class i are said to be j.
+
+    The whole matrix of up to MATRIX classes, the PAIRS most confused pairs of more. Classes that no image
+    has and none is said to be are left out.
+    """
+    met = (counts.sum(0) + counts.sum(1)).nonzero().flatten()
+    counts, names = counts[met][:, met], [classes[i] for i in met]
+    figure = plot_matrix(counts, names) if len(names) <= MATRIX else plot_pairs(counts, names)
+    entitle(figure, title)
+    figure.savefig(path, dpi=150)
+
+
+def plot_matrix(counts: torch.Tensor, names: list[str]) -> Figure:
+    """Each row a true class, in shares of its images; a row without images is blank."""
+    shares = 100 * counts / counts.sum(1, keepdim=True)
+    size = 0.5 * len(names)
+    figure = Figure(figsize=(max(size + 2.2, 4), max(size + 1.4, 3)), layout="constrained")
+    axes = figure.subplots()
+    # The few percent that are the news would all be dark on a linear scale.
+    shown = axes.imshow(shares.numpy(), cmap="cividis", norm=PowerNorm(0.4, 0, 100))
+    for i, row in enumerate(shares.tolist()):
+        for j, share in enumerate(row):
+            if share > 0:
+                text = f"{share:.{0 if share >= 9.95 else 1}f}" if share >= 0.05 else "<.1"
+                colour = "black" if shown.norm(share) > 0.5 else "white"
+                axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=8)
+    labels, places = [shorten(name) for name in names], range(len(names))
+    axes.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(places, labels)
+    for text in axes.get_xticklabels() + axes.get_yticklabels():
+        text.set(fontsize=8, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    bar = figure.colorbar(shown, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100])
+    bar.set_label("% of the images of the true class", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    axes.tick_params(length=0)
+    for side in (axes, bar.ax):
+        side.spines[:].set_visible(False)
+    return figure
+
+
+def plot_pairs(counts: torch.Tensor, names: list[str]) -> Figure:
+    """The most confused pairs as bars, as many as images are taken for the other class."""
+    of, wrong = counts.sum(1).tolist(), counts.clone().fill_diagonal_(0)
+    pairs = [(wrong[i, j].item(), i, j) for i, j in wrong.nonzero().tolist()]
+    pairs = sorted(pairs, key=lambda pair: (-pair[0], of[pair[1]]))[:PAIRS]
+    figure = Figure(figsize=(8, 0.27 * max(len(pairs), 3) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    labels = [f"{shorten(names[i], 24)} → {shorten(names[j], 24)}" for _, i, j in pairs]
+    bars = axes.barh(range(len(pairs)), [n for n, _, _ in pairs], color=ORANGE)
+    notes = [f"{n} of {of[i]}, {100 * n / of[i]:.0f} %" for n, i, _ in pairs]
+    axes.bar_label(bars, notes, padding=4, fontsize=8)
+    axes.set_yticks(range(len(pairs)), labels, fontsize=8)
+    for text in axes.get_yticklabels():
+        text.set(parse_math=False)
+    axes.set_ylim(max(len(pairs), 3) - 0.5, -0.5)
+    axes.margins(x=0.3)  # for the notes
+    axes.set_xticks([])
+    axes.set_title(
+        "true → predicted" if pairs else "all images are said to be what they are", size=9
+    )
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def entitle(figure: Figure, title: str, size: float = 10) -> None:
+    """The figure's title, in letters that are small enough to fit in."""
+    text = figure.suptitle(title, fontsize=size, parse_math=False)
+    text.set_fontsize(size * min(1, 0.95 * figure.bbox.width / text.get_window_extent().width))
+
+
+def check_figure(path: Path, flag: str) -> None:
+    """Raise ValueError for a picture that could not be written, before the work is done."""
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in known:
+        raise ValueError(
+            f"{flag} {path}: expected a name that ends in .{', .'.join(sorted(known))}"
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: {path.parent} is no folder; make it first")
 
 
 def shorten(name: str, length: int = 13) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -99,17 +98,6 @@ def draw(path: str, shown: list, info: dict, title: str) -> None:
     pictures.plot_predictions(colours, logits, None, info["classes"], path, title, notes)
 
 
-def check_figure(path: Path) -> None:
-    """Raise ValueError for a picture that could not be written, before the work is done."""
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise ValueError(
-            f"--figure {path}: expected a name that ends in .{', .'.join(sorted(known))}"
-        )
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--figure {path}: {path.parent} is no folder; make it first")
-
-
 def run(argv: list[str] | None) -> int:
     parser = Parser(description="Say what is on images.")
     add = parser.add_argument
@@ -131,7 +119,7 @@ def run(argv: list[str] | None) -> int:
         if value is not None and value < least:
             raise ValueError(f"{flag} {value}: expected >= {least}")
     if given.figure:
-        check_figure(Path(given.figure))
+        pictures.check_figure(Path(given.figure), "--figure")
     device, files = pick_device(given.device), list_images(given.images)
     model, info = checkpoint.load_adapter(given.adapter, given.weights, device)
     alone = len(files) == 1 and not os.path.isdir(given.images[0])

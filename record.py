@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 import torchvision
+from matplotlib.image import imread
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -119,6 +121,9 @@ def attempt(run: Run, name: str, write: Callable[[], None]) -> bool:
     return True
 
 
+NORMS = "delta_w/relative_norm"  # in the row of an epoch: a number for each adapted layer
+
+
 class Log:
     """What a run says of itself: TensorBoard events, metrics.csv and one printed line an epoch."""
 
@@ -162,7 +167,11 @@ class Log:
         return (losses @ images / images.sum()).item()
 
     def epoch(self, epoch: int, val_loss: float, val_accuracy: float):
-        self.write(epoch * self.steps, val_loss=val_loss, val_accuracy=val_accuracy)
+        row = {"val_loss": val_loss, "val_accuracy": val_accuracy}
+        norms = checkpoint.relative_norms(self.run.model).values()
+        if norms := [norm for norm in norms if math.isfinite(norm)]:  # at.save refuses the others
+            row[NORMS] = norms
+        self.write(epoch * self.steps, **row)
         print(
             f"epoch {epoch}/{self.run.config.epochs}: train loss {self.mean(self.steps):.4f}, "
             f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "
@@ -204,7 +213,8 @@ class Log:
             for row in self.rows[self.shown :]:
                 for key in set(row) - {"epoch", "step", "time"}:  # train_loss is train/loss here
                     tag = key.replace("_", "/") if key.startswith(("train", "val")) else key
-                    self.writer.add_scalar(tag, row[key], row["step"], walltime=row["time"])
+                    add = self.writer.add_histogram if key == NORMS else self.writer.add_scalar
+                    add(tag, np.array(row[key]), row["step"], walltime=row["time"])
             self.writer.flush()
             self.shown = len(self.rows)
             # TensorBoard reads files in the order of their names, which is not always that of their age.
@@ -241,6 +251,10 @@ class Log:
 
         def write():
             self.save_events()
+            for name in ("predictions", "confusion"):
+                if (file := self.run.folder / f"{name}.png").exists():
+                    pixels, step = imread(file), self.rows[-1]["step"]
+                    self.writer.add_image(name, pixels, step, dataformats="HWC")
             for summary in hparams(settings, best):  # add_hparams would open a file of its own
                 self.writer.file_writer.add_summary(summary)
             for tag, value in best.items():
@@ -259,6 +273,7 @@ class Progress:
         self.steps = -(-len(run.dataset.train) // per_step)  # of an epoch
         self.done = self.epoch = 0  # steps of the optimizer; epochs that are evaluated
         self.best, self.best_tensors, self.result = {"val_accuracy": -1.0}, {}, None
+        self.best_counts = None  # (classes, classes): how often a label had a prediction
         self.saved = None  # the step that last.pt stands at
         self.clock = time.monotonic()
         self.log = Log(run, self.steps)
@@ -286,7 +301,7 @@ class Progress:
             self.saved = self.done
         self.clock = time.monotonic()
 
-    KEPT = ("done", "epoch", "best", "best_tensors", "result")
+    KEPT = ("done", "epoch", "best", "best_tensors", "best_counts", "result")
 
     def load(self) -> None:
         """Go on where last.pt stands."""
@@ -296,7 +311,7 @@ class Progress:
         content = checkpoint.read_resume(self.file)
         checkpoint.restore_resume(content, self.run.model, self.optimizer, self.scaler)
         for key in self.KEPT:
-            setattr(self, key, content[key])
+            setattr(self, key, content.get(key))
         for split, bad in zip(
             (self.run.dataset.train, self.run.dataset.val), content["bad"], strict=True
         ):
@@ -395,17 +410,20 @@ class Signals:
             yield batch
 
 
-def draw(run: Run, accuracy: float) -> None:
-    """curves.png and predictions.png: 24 validation images and what the best epoch says of them."""
+def draw(run: Run, accuracy: float, counts: torch.Tensor | None) -> None:
+    """curves.png, and of the best epoch confusion.png, which classes it takes for which, and
+    predictions.png, what it says of 24 validation images."""
     config = run.config
-    names = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "head": "linear probe", "full": "full"}
-    what = names[config.adapter]
+    what = pictures.NAMES[config.adapter]
     what += f" rank {config.rank}" if config.adapter in checkpoint.ADAPTERS else ""
     pictures.plot_curves(
         run.folder / "metrics.csv",
         run.folder / "curves.png",
         f"{config.dataset}, {what}: {run.trainable:,} trainable parameters",
     )
+    title = f"{config.dataset}, {what}: validation accuracy {accuracy:.1%}"
+    if counts is not None and counts.any():  # a last.pt of old has none
+        pictures.plot_confusion(counts, run.dataset.classes, run.folder / "confusion.png", title)
     preprocessing = run.info["preprocessing"]
     few = run.dataset.val.rows(data.even_rows(run.dataset.val.labels, 24))
     images, labels = next(iter(data.batches(few, 24, preprocessing, run.device, workers=0)))
@@ -417,5 +435,5 @@ def draw(run: Run, accuracy: float) -> None:
         labels.cpu(),
         run.dataset.classes,
         run.folder / "predictions.png",
-        f"{config.dataset}, {what}: validation accuracy {accuracy:.1%}",
+        title,
     )

@@ -156,13 +156,14 @@ def train_epoch(run: Run, forward: nn.Module, at: "Progress", signals: "Signals"
             at.save()
         signals.obey(at)
     batches = signals.watch(load_batches(run, run.dataset.val), at)
-    val_loss, val_accuracy = evaluate(forward, batches)
+    counts = torch.zeros(2 * [len(run.dataset.classes)], dtype=torch.int32)
+    val_loss, val_accuracy = evaluate(forward, batches, counts)
     at.epoch += 1
     at.log.epoch(at.epoch, val_loss, val_accuracy)
     better = val_accuracy > at.best["val_accuracy"]
     if better:
         at.best = {"val_loss": val_loss, "val_accuracy": val_accuracy, "best_epoch": at.epoch}
-        at.best_tensors = checkpoint.trained(run.model)
+        at.best_tensors, at.best_counts = checkpoint.trained(run.model), counts
     at.save()  # first, so that where there is an adapter file, there is a run to go on with
     if better or checkpoint.ADAPTER_FILE in run.unwritten:
         at.save_adapter()
@@ -178,8 +179,9 @@ def finish(run: Run, forward: nn.Module, at: "Progress", signals: "Signals") -> 
         test_loss, test_accuracy = evaluate(forward, batches)
         best = best | {"test_loss": test_loss, "test_accuracy": test_accuracy}
         print(f"Test Accuracy: {test_accuracy:.2%}")
+    at.log.save()  # the curves are drawn from it
+    attempt(run, "pictures", lambda: draw(run, best["val_accuracy"], at.best_counts))
     at.log.close(best)
-    attempt(run, "pictures", lambda: draw(run, best["val_accuracy"]))
     if checkpoint.ADAPTER_FILE in run.unwritten and not at.save_adapter():
         raise ValueError(
             f"{run.folder / checkpoint.ADAPTER_FILE}: cannot be written; make room and {at.go_on()}"
@@ -214,20 +216,39 @@ def train_step(run, model, batches, images: int, optimizer, scaler) -> torch.Ten
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0..1) of the model over all batches, in eval mode."""
+def evaluate(model: nn.Module, batches, counts: torch.Tensor | None = None) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (0..1) of the model over all batches, in eval mode.
+
+    counts: (classes, classes) whole numbers on the CPU; each image adds 1 at [its class, the prediction].
+    """
     model.eval()
     loss = correct = total = 0
+    pairs = []  # of each batch (2, images): labels, predictions
     for images, labels in batches:
         logits = model(images)
+        predictions = logits.argmax(-1)
+        pairs.append(torch.stack([labels, predictions]))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-        correct += (logits.argmax(-1) == labels).sum().item()
+        correct += (predictions == labels).sum().item()
         total += (labels >= 0).sum().item()
     if world() > 1:
         sums = torch.tensor([loss, correct, total], dtype=torch.float64, device=labels.device)
         dist.all_reduce(sums)
         loss, correct, total = sums.tolist()
+    if counts is not None:
+        counts += confusion(torch.cat(pairs, 1), counts)
     return loss / total, correct / total
+
+
+def confusion(pairs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """How often each pair of label and prediction (2, images) occurs, in all processes; of like's shape."""
+    labels, predictions = pairs[:, pairs[0] >= 0].cpu()  # the rest is padding of torchrun's shares
+    counts = torch.zeros_like(like)
+    counts.index_put_((labels, predictions), counts.new_ones(()), accumulate=True)
+    if world() > 1:
+        counts = counts.to(pairs.device)  # nccl knows no other place
+        dist.all_reduce(counts)
+    return counts.to(like.device)
 
 
 def load_batches(run: Run, split: data.Split, train: bool = False, epoch: int = 0, start: int = 0):

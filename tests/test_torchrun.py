@@ -49,6 +49,10 @@ def test_two_processes_learn_what_one_does(adapter, tmp_path):
     for x, y in zip(one, two, strict=True):
         assert y == pytest.approx(x, abs=1e-5)
     assert f"Test Accuracy: {alone['test_accuracy']:.2%}" in said
+    counts = [
+        checkpoint.read_resume(tmp_path / n / "last.pt")["best_counts"] for n in ("one", "two")
+    ]
+    assert torch.equal(*counts) and counts[0].sum() == 50, "no image twice, and no padding"
     names = [{p.name.split(".")[0] for p in (tmp_path / n).iterdir()} for n in ("one", "two")]
     assert names[0] == names[1]
 

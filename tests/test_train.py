@@ -63,8 +63,9 @@ def test_default_run_leaves_its_files(default_run):
         "metrics.csv",
         "curves.png",
         "predictions.png",
+        "confusion.png",
     }
-    for name in ("curves.png", "predictions.png"):
+    for name in ("curves.png", "predictions.png", "confusion.png"):
         with Image.open(run_dir / name) as picture:
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
