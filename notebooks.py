@@ -220,8 +220,11 @@ At the start one factor is zero, so $\Delta W = 0$ and training starts from the 
 last layer that names the classes, trains as well. `head` is the head alone, `full` is everything:
 """),
         code("""
+import torch
+
 for adapter in checkpoint.METHODS:
-    model, _ = vit.build(config.model, "none", len(dataset.classes))
+    with torch.device("meta"):  # shapes without numbers: enough to count
+        model, _ = vit.build(config.model, "none", len(dataset.classes))
     trainable, total = checkpoint.adapt(model, adapter, config.rank, config.alpha, config.targets)
     print(f"{adapter}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
 """),
@@ -280,8 +283,6 @@ to see it work: without `short` it is the whole run. On a machine without GPU, t
 """),
         code("""
 import shlex
-
-import torch
 
 
 def flag(name, value):
