@@ -97,11 +97,13 @@ and runs from start to finish as it is: **Run All**.
 | Food 101 | google's ViT-B/16 (in21k) with LoRA on query and value, 5,000 images of seven classes |
 
 The weights of ViT-B/16 are downloaded (*Internet on*), or attached: `vit_b_16-c867db91.pth`, or a
-folder `vit-base-patch16-224-in21k`.
+folder `vit-base-patch16-224-in21k`. For your own images, in a folder for each class, let `SETTINGS` below be
+`{"recipe": "tiny-imagenet-lora", "dataset": "folder", "data_dir": "/kaggle/input/photos"}`; for all of
+Food 101 with LoKr, `{"recipe": "food101-lokr"}`.
 """),
         code("""
 INPUT = "/kaggle/input"  # what is attached lies below
-SETTINGS = {}  # any flag of train.py; it wins: {"adapter": "loha", "rank": 8, "epochs": 2}
+SETTINGS = {}  # flags of train.py, which win: {"adapter": "loha", "rank": 8, "epochs": 2}
 COMPARE = ["lokr"]  # adapters to train as well, for comparison; [] for none
 """),
         markdown("""
@@ -184,16 +186,19 @@ def attached(*names):
         return None
 
 
-if folder := attached("wnids.txt", "train"):
+if "recipe" in SETTINGS:
+    settings = {}
+elif folder := attached("wnids.txt", "train"):
     settings = {"recipe": "tiny-imagenet-lora", "data_dir": str(folder)}
-    if folder := attached("vit_b_16-c867db91.pth"):
-        settings["weights"] = str(folder / "vit_b_16-c867db91.pth")
 elif folder := attached("images", "meta"):
     settings = {"recipe": "food101-lora", "data_dir": str(folder)}
 else:
     settings = {"recipe": "demo", "dataset": "folder", "data_dir": "digits"}
     settings |= {"weights": "trunk.safetensors", "epochs": 10}
 settings |= SETTINGS
+file = "vit_b_16-c867db91.pth"
+if train.Config(**settings).weights == "imagenet1k" and (folder := attached(file)):
+    settings["weights"] = str(folder / file)
 config = train.Config(**settings)
 print(settings)
 """),

@@ -5,13 +5,14 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 from PIL import Image
-from trees import food101, tiny_imagenet
+from trees import food101, pets, tiny_imagenet
 
 import notebooks
 
@@ -43,6 +44,7 @@ def execute(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the same on every machine
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody is there
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -171,20 +173,22 @@ def test_kaggle_takes_tiny_imagenet_and_goes_on_with_an_earlier_run(execute, tmp
     assert "finished already" in said(cells[-1:])
 
 
-@pytest.mark.parametrize("weights", [False, True])
-def test_kaggle_takes_food101_or_attached_weights(weights, execute, tmp_path):
-    """Food-101 as in food41; or Tiny-ImageNet, with torchvision's file beside it."""
+@pytest.mark.parametrize("case", ["food41", "weights", "own"])
+def test_kaggle_takes_what_is_attached_or_set(case, execute, tmp_path):
+    """Food-101; Tiny-ImageNet, with torchvision's weights beside it; or images that SETTINGS names."""
     root = tmp_path / "input" / "datasets" / "somebody"
-    if weights:
-        tiny_imagenet(root / "tiny-imagenet-200", classes=2)
-        (root / "vit").mkdir()
-        (root / "vit" / "vit_b_16-c867db91.pth").touch()
-    else:
-        food101(root / "food41", kaggle=True)
     change = {'INPUT = "/kaggle/input"': f"INPUT = {str(tmp_path / 'input')!r}"}
-    _, cells = execute("kaggle", up_to=CHOICE, change=change)
-    expected = {"recipe": "food101-lora", "data_dir": str(root / "food41")}
-    if weights:
+    if case == "food41":
+        food101(root / "food41", kaggle=True)
+        expected = {"recipe": "food101-lora", "data_dir": str(root / "food41")}
+    else:
+        tiny_imagenet(root / "tiny-imagenet-200", classes=2)
         expected = {"recipe": "tiny-imagenet-lora", "data_dir": str(root / "tiny-imagenet-200")}
-        expected["weights"] = str(root / "vit" / "vit_b_16-c867db91.pth")
+    if case == "own":
+        expected |= {"dataset": "folder", "data_dir": str(pets(tmp_path / "pets"))}
+        change["SETTINGS = {}"] = f"SETTINGS = {expected}"
+    if case == "weights":
+        expected["weights"] = str(root / "vit_b_16-c867db91.pth")
+        Path(expected["weights"]).touch()
+    _, cells = execute("kaggle", up_to=CHOICE, change=change)
     assert said(cells[-1:]).splitlines()[-1] == str(expected)
