@@ -16,11 +16,8 @@ from trees import food101, pets, tiny_imagenet
 
 import notebooks
 
-CHOICE, TRAINED = (
-    "config = train.Config(**settings)\n",
-    "train.Config(**settings, out=run",
-)  # two cells
-
+CHOICE = "config = train.Config(**settings)\n"  # in the cell that decides what trains
+TRAINING = "train.Config(**settings, out=run"  # in the cell that does
 AFTERWARDS = """
 import json
 import urllib.request
@@ -68,7 +65,7 @@ def execute(tmp_path, monkeypatch):
 
 
 def said(cells, stream="stdout") -> str:
-    """All that the cells printed, and the last values of cells."""
+    """All that the cells printed."""
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return "".join(
         output["text"]
@@ -159,7 +156,7 @@ def test_kaggle_takes_tiny_imagenet_and_goes_on_with_an_earlier_run(execute, tmp
         'INPUT = "/kaggle/input"': f"INPUT = {str(tmp_path / 'input')!r}",
         "SETTINGS = {}": f"SETTINGS = {small | {'workers': 0, 'amp': 'off'}}",
     }
-    folder, cells = execute("kaggle", up_to=TRAINED, change=change)
+    folder, cells = execute("kaggle", up_to=TRAINING, change=change)
     text = said(cells)
     assert "8 images train, 4 validate\n4 classes: thing 0" in text
     lora = 12 * (4 * 4 * (768 + 768) + 2 * 4 * (768 + 3072)) + 768 * 4 + 4
@@ -169,7 +166,7 @@ def test_kaggle_takes_tiny_imagenet_and_goes_on_with_an_earlier_run(execute, tmp
     )
     assert config["dataset"] == "tiny-imagenet" and config["head_dropout"] == 0.1
     folder.rename(tmp_path / "input" / "an earlier session")
-    folder, cells = execute("kaggle", up_to=TRAINED, change=change, folder="later")
+    folder, cells = execute("kaggle", up_to=TRAINING, change=change, folder="later")
     assert "finished already" in said(cells[-1:])
 
 
