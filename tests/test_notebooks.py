@@ -178,14 +178,14 @@ def test_kaggle_takes_what_is_attached_or_set(case, execute, tmp_path):
     if case == "food41":
         food101(root / "food41", kaggle=True)
         expected = {"recipe": "food101-lora", "data_dir": str(root / "food41")}
-    else:
+    elif case == "weights":
         tiny_imagenet(root / "tiny-imagenet-200", classes=2)
         expected = {"recipe": "tiny-imagenet-lora", "data_dir": str(root / "tiny-imagenet-200")}
-    if case == "own":
-        expected |= {"dataset": "folder", "data_dir": str(pets(tmp_path / "pets"))}
-        change["SETTINGS = {}"] = f"SETTINGS = {expected}"
-    if case == "weights":
         expected["weights"] = str(root / "vit_b_16-c867db91.pth")
         Path(expected["weights"]).touch()
+    else:
+        expected = {"recipe": "tiny-imagenet-lora", "dataset": "folder"}
+        expected["data_dir"] = str(pets(tmp_path / "pets"))
+        change["SETTINGS = {}"] = f"SETTINGS = {expected}"
     _, cells = execute("kaggle", up_to=CHOICE, change=change)
     assert said(cells[-1:]).splitlines()[-1] == str(expected)
