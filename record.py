@@ -377,8 +377,7 @@ class Signals:
 def draw(run: Run, accuracy: float) -> None:
     """curves.png and predictions.png: 24 validation images and what the best epoch says of them."""
     config = run.config
-    names = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "head": "linear probe", "full": "full"}
-    what = names[config.adapter]
+    what = pictures.NAMES[config.adapter]
     what += f" rank {config.rank}" if config.adapter in checkpoint.ADAPTERS else ""
     pictures.plot_curves(
         run.folder / "metrics.csv",
