@@ -13,6 +13,7 @@ command goes on. --jobs trains so many at once: on a CPU they share the threads 
 on GPUs each has one of them. Of every run there is a row in comparison.csv.
 """
 
+import math
 import os
 import queue
 import re
@@ -100,7 +101,8 @@ class Comparison:
             with self.lock:
                 self.planned += len(scores) >= 3  # no more than the grid was foreseen
             row = self.run(variant, lr, 0, "trial")
-            scores[lr] = (row["val_accuracy"], -row["val_loss"]) if "val_loss" in row else (-1, 0)
+            sound = math.isfinite(row.get("val_loss", math.nan))
+            scores[lr] = (row["val_accuracy"], -row["val_loss"]) if sound else (-1, 0)
         if max(scores.values())[0] < 0:
             raise ValueError(f"{variant}: diverged at every learning rate; give a smaller --lr")
         return best_lr(scores)

@@ -21,6 +21,7 @@ import checkpoint
 import compare
 import report
 import train
+from record import Progress
 
 TINY = "--limit 40 --epochs 1 --batch-size 8 --image-size 14 --workers 0 --device cpu".split()
 # Of the embedded trunk, 6 blocks of 128 and 512, at rank 2, with the head's 1,290
@@ -201,28 +202,27 @@ def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path):
-    """The command itself: two runs at once, which would take minutes, and both go on."""
+    """The command itself, with two runs at once, which would take minutes."""
     flags = "--methods head,lora --ranks 2 --seeds 1 --jobs 2 --out out --limit 400 --epochs 500"
     command = [sys.executable, ROOT / "compare.py", *flags.split(), "--image-size", "14"]
-    logs = [
-        tmp_path / "out" / f"{name}-seed0.log" for name in ("head-lr0.04", "lora-rank2-lr0.002")
-    ]
-    for words in ("epoch 2/500", "goes on after step"):
-        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        try:
-            end = time.monotonic() + 120
-            while not all(log.exists() and words in log.read_text() for log in logs):
-                assert process.poll() is None and time.monotonic() < end
-                time.sleep(0.1)
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
-        finally:
-            process.kill()
-        assert process.returncode == 130
-        assert re.fullmatch(r"compare.py: stopped by SIGINT; .*go on with the same command\n", said)
-        for log in logs:
-            last = log.read_text().splitlines()[-1]
-            assert re.search(r"stopped by SIGTERM after step \d+; last.pt stands at step", last)
+    runs = [tmp_path / "out" / f"{name}-seed0" for name in ("head-lr0.04", "lora-rank2-lr0.002")]
+    logs = [run.with_name(run.name + ".log") for run in runs]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not all(log.exists() and "epoch 2/500" in log.read_text() for log in logs):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert re.fullmatch(r"compare.py: stopped by SIGINT; .*go on with the same command\n", said)
+    for run, log in zip(runs, logs, strict=True):
+        step = checkpoint.read_resume(run / "last.pt")["done"]
+        words = f"stopped by SIGTERM after step {step}; last.pt stands at step {step}; go on with"
+        assert step > 0 and words in log.read_text().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -256,38 +256,57 @@ def test_kept_is_what_autograd_saves():
     probe = 8 * 5 * 128 * 4 + 8 * 10 * 4 + 8 * 8 + 4
     assert kept("--adapter", "head") == probe
     assert kept("--adapter", "head", "--batch-size", "16") == 2 * probe - 4
-    # LoRA keeps the rank numbers a row that its A makes, in each layer, beside what LoKr keeps
-    rows, layers = 8 * 5, 6 * 6
+    # with each rank more LoRA keeps a number a row in each of the 36 layers, and of one of the factors a
+    # row, which was multiplied by scale
     lora = {rank: kept("--adapter", "lora", "--rank", str(rank)) for rank in (2, 8)}
-    assert lora[8] - lora[2] == rows * layers * (8 - 2) * 4
+    factors = 6 * (4 * 128 + 128 + 512)
+    assert lora[8] - lora[2] == (8 - 2) * (8 * 5 * 36 + factors) * 4
     full = kept("--adapter", "full")
     assert 20 * probe < lora[2] < 1.1 * full
     images = 8 * 3 * 14 * 14 * 4  # only where the patches' own weights train are they kept
     assert full > kept("--adapter", "lokr") + images
 
 
-def test_a_learning_rate_that_diverges_is_not_taken(tmp_path, monkeypatch):
-    def last_explodes(self, flags, log):
-        explode = ["--alpha", "1e30"] if "0.0125" in flags else []
-        return launch(self, [*flags, *explode], log)
+def diverge(log):
+    """As a run whose loss is not finite: the exit status."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    at = SimpleNamespace(optimizer=optimizer, scaler=scaler, saved=None, done=3)
+    at.run = SimpleNamespace(folder=log.with_suffix(""))
+    log.write_text(f"train.py: {Progress.diverged(at, 'the loss is nan')}\n")
+    return 2
 
-    monkeypatch.setattr(compare.Comparison, "launch", last_explodes)
+
+def test_a_learning_rate_that_diverges_is_not_taken(tmp_path, monkeypatch):
+    def last_diverges(self, flags, log):
+        return diverge(log) if "0.0125" in flags else launch(self, flags, log)
+
+    monkeypatch.setattr(compare.Comparison, "launch", last_diverges)
     flags = ["--methods", "lora", "--ranks", "2", "--seeds", "1", "--dropouts", ""]
     assert compare.main([*flags, "--out", str(tmp_path / "out"), *TINY]) == 0
     rows = {row["lr"]: row for row in read_rows(tmp_path / "out")}
     assert rows["0.0125"]["val_accuracy"] == "" and rows["0.0125"]["trial"] == "1"
     (final,) = [row for row in rows.values() if row["final"]]
     assert final["lr"] != "0.0125"
-    assert re.search(
-        r"LoRA \| 2 \| 0.0125 \| diverged", (tmp_path / "out/comparison.md").read_text()
-    )
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "LoRA | 2 | 0.0125 | diverged" in text
 
 
-def test_where_all_diverge_it_says_so(tmp_path, capsys):
+def test_where_every_trial_or_a_final_run_diverges_it_ends(tmp_path, monkeypatch, capsys):
     flags = ["--methods", "lora", "--ranks", "2", "--out", str(tmp_path / "out"), *TINY]
-    assert compare.main([*flags, "--alpha", "1e30"]) == 2
+    monkeypatch.setattr(compare.Comparison, "launch", lambda self, flags, log: diverge(log))
+    assert compare.main(flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == ("compare.py: lora rank 2: diverged at every learning rate; give a smaller --lr")
+    assert line == "compare.py: lora rank 2: diverged at every learning rate; give a smaller --lr"
+    assert len(list(tmp_path.glob("out/*.log"))) == 5
+
+    def finals_diverge(self, flags, log):
+        return diverge(log) if "--test" in flags else launch(self, flags, log)
+
+    monkeypatch.setattr(compare.Comparison, "launch", finals_diverge)
+    assert compare.main(flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(r"compare.py: lora rank 2 .* seed 0: train.py: the loss is nan at step 3", line)
 
 
 def test_a_run_that_fails_stops_it_with_the_run_s_own_words(tmp_path, capsys):
