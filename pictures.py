@@ -1,4 +1,5 @@
-"""The pictures that a run leaves: learning curves, predictions on validation images, confused classes."""
+"""The pictures that a run leaves, learning curves, predictions on validation images and confused classes;
+and that of a comparison of many."""
 
 import csv
 import math
@@ -10,9 +11,18 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import (
     Figure,  # no pyplot: it would pick a display and keep every figure open
 )
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart without colour vision too (Okabe and Ito)
-NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "head": "linear probe", "full": "full"}
+NAMES = {
+    "head": "linear probe",
+    "lora": "LoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "full": "full fine-tuning",
+}
+LINES = {"lora": (BLUE, "o"), "loha": (ORANGE, "s"), "lokr": ("#009E73", "^")}
 MATRIX = 12  # classes: up to so many, their confusion is a matrix that can be read
 PAIRS = 15  # shown of more classes
 
@@ -187,3 +197,73 @@ def check_figure(path: Path, flag: str) -> None:
 
 def shorten(name: str, length: int = 13) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def plot_comparison(
+    rows: list[dict], beside: list[dict], split: str, path: Path, title: str
+) -> None:
+    """Accuracy against trainable parameters; if there are rows beside, against the adapters' dropout too.
+
+    rows: dicts of method, rank, dropout, trainable and, under split, (mean, std) of the accuracy, 0..1;
+        std is None where there is one run only.
+    split: "test" or "val".
+    """
+    figure = Figure(figsize=(9.6 if beside else 7, 4.4), layout="constrained")
+    ratios = {"width_ratios": [1.7, 1]} if beside else {}
+    left, *right = figure.subplots(1, 1 + bool(beside), squeeze=False, **ratios)[0]
+    for method in LINES:
+        points = sorted((r for r in rows if r["method"] == method), key=lambda r: r["trainable"])
+        plot_means(left, method, points, [r["trainable"] for r in points], split)
+        side = (
+            1 if method == "lora" else -1
+        )  # of its line: above it, or where a rising one leaves room
+        for row in points:
+            left.annotate(
+                row["rank"],
+                (row["trainable"], 100 * row[split][0]),
+                xytext=(-5 * side, 4 * side),
+                textcoords="offset points",
+                ha="right" if side > 0 else "left",
+                va="bottom" if side > 0 else "top",
+                color=LINES[method][0],
+                fontsize=8,
+                path_effects=[withStroke(linewidth=2, foreground="white")],  # over lines and bands
+            )
+    bands = sorted((r for r in rows if r["method"] not in LINES), key=lambda r: r[split][0])
+    for row, style, at in zip(bands, (":", "--"), ("top", "bottom"), strict=False):
+        mean, std = (100 * (part or 0) for part in row[split])
+        left.axhspan(mean - std, mean + std, color="black", alpha=0.12, linewidth=0)
+        left.axhline(mean, color="black", linestyle=style, linewidth=1)
+        place = {"xycoords": left.get_yaxis_transform(), "va": at, "fontsize": 8}
+        left.annotate(NAMES[row["method"]], (1.01, mean), annotation_clip=False, **place)
+    left.set(xscale="log", xlabel="trainable parameters (at the points: rank)")
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(EngFormatter(sep=""))
+    left.xaxis.set_minor_formatter(NullFormatter())
+    for axes in right:
+        values = sorted({row["dropout"] for row in beside})
+        for i, method in enumerate(LINES):
+            points = [row for row in beside if row["method"] == method]
+            apart = 0.012 * (i - 1) * (values[-1] - values[0])  # error bars side by side
+            plot_means(axes, method, points, [row["dropout"] + apart for row in points], split)
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.set_xlabel(f"dropout of the adapters, rank {beside[0]['rank']}")
+    for axes in (left, *right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    left.set_ylabel(f"{'validation' if split == 'val' else split} accuracy (%)")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+    )
+    figure.suptitle(title, parse_math=False)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def plot_means(axes, method: str, rows: list[dict], places: list[float], split: str) -> None:
+    """The line of a method, with error bars where there is a standard deviation."""
+    if rows:
+        means, stds = zip(*(row[split] for row in rows), strict=True)
+        stds = None if None in stds else [100 * std for std in stds]
+        means = [100 * mean for mean in means]
+        style = {"marker": LINES[method][1], "color": LINES[method][0], "capsize": 3}
+        axes.errorbar(places, means, stds, label=NAMES[method], **style)

@@ -1,0 +1,385 @@
+"""compare.py: its table against its own raw figures, those against the runs, and what stops and goes on."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from trees import pets
+
+import checkpoint
+import compare
+import report
+import train
+from record import Progress
+
+TINY = "--limit 40 --epochs 1 --batch-size 8 --image-size 14 --workers 0 --device cpu".split()
+# Of the embedded trunk, 6 blocks of 128 and 512, at rank 2, with the head's 1,290
+TRAINABLE = {
+    "head": 1_290,
+    "lora": 1_290 + 6 * 2 * (4 * (128 + 128) + 2 * (128 + 512)),
+    "loha": 1_290 + 6 * 2 * 2 * (4 * (128 + 128) + 2 * (128 + 512)),
+    "lokr": 1_290 + 6 * (4 * (8 * 8 + 2 * (16 + 16)) + 2 * (16 * 8 + 2 * (32 + 16))),
+    "full": 1_210_890,
+}
+
+
+def launch(self, flags, log):
+    """Comparison.launch without a process of its own, which takes seconds, and without pictures."""
+    with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+        return train.main(flags)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_process():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare.Comparison, "launch", launch)
+        patch.setattr(train, "draw", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """All five methods, two seeds, one dropout: the folder."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    flags = ["--ranks", "2", "--seeds", "2", "--dropouts", "0.5", "--out", str(out)]
+    assert compare.main([*flags, *TINY]) == 0
+    return out
+
+
+def read_rows(out):
+    with open(out / "comparison.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_tables(out):
+    """The tables of comparison.md: the cells of each line, by the table's heading."""
+    tables, heading = {}, ""
+    for line in (out / "comparison.md").read_text().splitlines():
+        if line.startswith("#"):
+            heading = line.strip("# ")
+        elif line.startswith("| "):
+            tables.setdefault(heading, []).append([cell.strip() for cell in line[1:-1].split("|")])
+    return {name: lines[2:] for name, lines in tables.items()}
+
+
+def assert_is(cell, values):
+    """The cell is the values' mean ± standard deviation, to the tenth of a percent."""
+    wanted = [100 * np.mean(values), 100 * np.std(values, ddof=1)]
+    assert [float(part) for part in cell.split(" ± ")] == pytest.approx(wanted, abs=0.0501)
+
+
+def test_a_row_says_what_its_run_left(whole):
+    rows = read_rows(whole)
+    for row in rows:
+        folder = whole / row["run"]
+        last = checkpoint.read_resume(folder / "last.pt")
+        for key in ("val_accuracy", "val_loss", "images_per_second", "trainable", "total"):
+            assert float(row[key]) == last["result"][key], (row["run"], key)
+        with open(folder / "metrics.csv", newline="") as file:
+            found = [line["val_accuracy"] for line in csv.DictReader(file) if line["val_accuracy"]]
+        assert float(row["val_accuracy"]) == max(map(float, found))
+        _, info = checkpoint.read_adapter(folder)
+        assert info["adapter"] == row["method"] and str(info["seed"]) == row["seed"]
+        assert last["config"]["lr"] == float(row["lr"])
+        assert last["config"]["adapter_dropout"] == float(row["dropout"])
+        assert int(row["adapter_bytes"]) == (folder / "adapter.safetensors").stat().st_size
+        assert int(row["trainable"]) == TRAINABLE[row["method"]]
+        assert info["rank"] == (int(row["rank"]) if row["rank"] else 4)
+    runs = {path.parent.name for path in whole.glob("*/last.pt")}
+    assert sorted(runs) == sorted(row["run"] for row in rows)  # each once
+
+
+def test_the_best_on_validation_is_trained_with_all_seeds_and_it_alone_is_tested(whole):
+    rows = read_rows(whole)
+    finals = [row for row in rows if row["final"]]
+    for method in TRAINABLE:
+        tried = [row for row in rows if row["method"] == method and row["trial"]]
+        assert 3 <= len(tried) <= 5 and {row["seed"] for row in tried} == {"0"}
+        best = max(tried, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
+        final = [row for row in finals if row["method"] == method]
+        assert {row["lr"] for row in final} == {best["lr"]}
+        runs = {(float(row["dropout"]), row["seed"]) for row in final}
+        dropouts = (0.0, 0.5) if method in ("lora", "loha", "lokr") else (0.0,)
+        assert len(final) == len(runs) == 2 * len(dropouts)
+        assert runs == {(dropout, seed) for dropout in dropouts for seed in "01"}
+    for row in rows:
+        result = checkpoint.read_resume(whole / row["run"] / "last.pt")["result"]
+        assert ("test_accuracy" in result) == bool(row["final"]) == bool(row["test_accuracy"])
+        if row["final"]:
+            assert float(row["test_accuracy"]) == result["test_accuracy"]
+
+
+def test_the_table_follows_from_the_rows(whole):
+    rows, tables = read_rows(whole), read_tables(whole)
+    names = {"LoRA": "lora", "LoHa": "loha", "LoKr": "lokr"}
+    names |= {"linear probe": "head", "full fine-tuning": "full"}
+
+    def final(name, dropout, key):
+        wanted = (names[name], dropout, "1")
+        of = [row for row in rows if (row["method"], float(row["dropout"]), row["final"]) == wanted]
+        return [float(row[key]) for row in of]
+
+    assert {line[0] for line in tables["Comparison"]} == set(names)
+    edges = 0
+    for name, rank, trainable, size, lr, val, test, speed, kept in tables["Comparison"]:
+        assert rank == ("2" if name.startswith("Lo") else "")
+        assert trainable == f"{TRAINABLE[names[name]]:,}"
+        assert size == f"{np.mean(final(name, 0, 'adapter_bytes')) / 1024:,.0f}"
+        assert {float(lr.rstrip("\\*"))} == set(final(name, 0, "lr"))
+        assert_is(val, final(name, 0, "val_accuracy"))
+        assert_is(test, final(name, 0, "test_accuracy"))
+        assert speed == f"{np.mean(final(name, 0, 'images_per_second')):,.0f}"
+        assert kept == f"{final(name, 0, 'kept_bytes')[0] / 2**20:,.2f}"
+        tried = [float(r["lr"]) for r in rows if r["method"] == names[name] and r["trial"]]
+        at_edge = float(lr.rstrip("\\*")) in (min(tried), max(tried))
+        assert lr.endswith("\\*") == at_edge and (not at_edge or len(tried) == 5)
+        edges += at_edge
+    text = (whole / "comparison.md").read_text()
+    assert ("at their edge" in text) == bool(edges)
+    assert len(tables["Dropout of the adapters"]) == 6
+    for name, _, dropout, val, test in tables["Dropout of the adapters"]:
+        assert_is(val, final(name, float(dropout), "val_accuracy"))
+        assert_is(test, final(name, float(dropout), "test_accuracy"))
+    assert len(tables["The learning rates that were tried, with seed 0"]) == sum(
+        row["trial"] == "1" for row in rows
+    )
+    assert "40 training, 40 validation, 40 test images of 10 classes" in text
+    with Image.open(whole / "comparison.png") as picture:
+        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
+    """By ctrl-C in the third run, before it says anything: the first two are not trained again."""
+    flags = ["--methods", "head", "--ranks", "2", "--seeds", "2", "--dropouts", ""]
+    flags += ["--out", str(tmp_path / "out"), *TINY]
+    started = []
+
+    def stopped(self, flags, log):
+        started.append(log.stem)
+        if len(started) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            while not self.stopping:
+                time.sleep(0.01)
+            return 143
+        return launch(self, flags, log)
+
+    monkeypatch.setattr(compare.Comparison, "launch", stopped)
+    assert compare.main(flags) == 130
+    for number in (signal.SIGINT, signal.SIGTERM):  # as before
+        assert signal.getsignal(number) is not compare.stop
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        line.startswith("compare.py: stopped by SIGINT") and "go on with the same command" in line
+    )
+    done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/*/last.pt")}
+    assert len(done) == 2 and not (tmp_path / "out" / "comparison.csv").exists()
+    assert compare.main(flags) == 0
+    chosen = {row["run"] for row in read_rows(tmp_path / "out") if row["final"]}
+    for path, then in done.items():  # the chosen one is tested, later
+        assert (path.stat().st_mtime_ns == then) == (path.parent.name not in chosen), path
+    assert set(started[:2]).isdisjoint(set(started[3:]) - chosen)
+
+    def comparable(rows):
+        rows = [row for row in rows if row["method"] == "head"]
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+    assert comparable(read_rows(tmp_path / "out")) == comparable(read_rows(whole))
+    monkeypatch.setattr(compare.Comparison, "launch", None)  # nothing is left to start
+    before = (tmp_path / "out" / "comparison.csv").read_bytes()
+    assert compare.main(flags) == 0
+    assert (tmp_path / "out" / "comparison.csv").read_bytes() == before
+
+
+def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path):
+    """The command itself, with two runs at once, which would take minutes."""
+    flags = "--methods head,lora --ranks 2 --seeds 1 --jobs 2 --out out --limit 400 --epochs 500"
+    command = [sys.executable, ROOT / "compare.py", *flags.split(), "--image-size", "14"]
+    runs = [tmp_path / "out" / f"{name}-seed0" for name in ("head-lr0.04", "lora-rank2-lr0.002")]
+    logs = [run.with_name(run.name + ".log") for run in runs]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 120
+        while not all(log.exists() and "epoch 2/500" in log.read_text() for log in logs):
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert re.fullmatch(r"compare.py: stopped by SIGINT; .*go on with the same command\n", said)
+    for run, log in zip(runs, logs, strict=True):
+        step = checkpoint.read_resume(run / "last.pt")["done"]
+        words = f"stopped by SIGTERM after step {step}; last.pt stands at step {step}; go on with"
+        assert step > 0 and words in log.read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "tried"),
+    [
+        ({1: 0.9}, [0.4, 1, 2.5]),  # the centre is best
+        ({0.4: 0.9, 0.16: 0.8}, [0.4, 1, 2.5, 0.16]),
+        ({0.4: 0.9, 0.16: 0.95, 0.064: 0.99}, [0.4, 1, 2.5, 0.16, 0.064]),  # five at most
+        ({2.5: 0.9, 6.25: 0.95, 15.625: 0.9}, [0.4, 1, 2.5, 6.25, 15.625]),
+        ({0.4: 0.9, 2.5: 0.9}, [0.4, 1, 2.5, 0.16]),  # of equals the smaller
+    ],
+)
+def test_the_search_leaves_the_grid_only_at_its_edge(accuracies, tried):
+    scores = {}
+    while (lr := compare.next_lr(scores, 1.0)) is not None:
+        scores[lr] = (accuracies.get(lr, 0.5), -1.0)
+    assert list(scores) == tried
+    assert compare.best_lr(scores) == max(sorted(accuracies), key=accuracies.get)
+
+
+def test_of_equal_accuracies_the_smaller_loss_is_better():
+    assert compare.best_lr({0.1: (0.9, -2.0), 0.2: (0.9, -1.0), 0.3: (0.8, -0.1)}) == 0.2
+
+
+def test_kept_is_what_autograd_saves():
+    def kept(*flags):
+        return report.kept(train.parse([*TINY, *flags]), 10)
+
+    # 8 images of 4 patches and a class token: the head's input is a view of all 5 tokens, and
+    # cross_entropy keeps log-probabilities, labels and the sum of weights
+    probe = 8 * 5 * 128 * 4 + 8 * 10 * 4 + 8 * 8 + 4
+    assert kept("--adapter", "head") == probe
+    assert kept("--adapter", "head", "--batch-size", "16") == 2 * probe - 4
+    # with each rank more LoRA keeps a number a row in each of the 36 layers, and of one of the factors a
+    # row, which was multiplied by scale
+    lora = {rank: kept("--adapter", "lora", "--rank", str(rank)) for rank in (2, 8)}
+    factors = 6 * (4 * 128 + 128 + 512)
+    assert lora[8] - lora[2] == (8 - 2) * (8 * 5 * 36 + factors) * 4
+    full = kept("--adapter", "full")
+    assert 20 * probe < lora[2] < 1.1 * full
+    images = 8 * 3 * 14 * 14 * 4  # only where the patches' own weights train are they kept
+    assert full > kept("--adapter", "lokr") + images
+
+
+def diverge(log):
+    """As a run whose loss is not finite: the exit status."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    at = SimpleNamespace(optimizer=optimizer, scaler=scaler, saved=None, done=3)
+    at.run = SimpleNamespace(folder=log.with_suffix(""))
+    log.write_text(f"train.py: {Progress.diverged(at, 'the loss is nan')}\n")
+    return 2
+
+
+def test_a_learning_rate_that_diverges_is_not_taken(tmp_path, monkeypatch):
+    def last_diverges(self, flags, log):
+        return diverge(log) if "0.0125" in flags else launch(self, flags, log)
+
+    monkeypatch.setattr(compare.Comparison, "launch", last_diverges)
+    flags = ["--methods", "lora", "--ranks", "2", "--seeds", "1", "--dropouts", ""]
+    assert compare.main([*flags, "--out", str(tmp_path / "out"), *TINY]) == 0
+    rows = {row["lr"]: row for row in read_rows(tmp_path / "out")}
+    assert rows["0.0125"]["val_accuracy"] == "" and rows["0.0125"]["trial"] == "1"
+    (final,) = [row for row in rows.values() if row["final"]]
+    assert final["lr"] != "0.0125"
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "LoRA | 2 | 0.0125 | diverged" in text
+
+
+def test_where_every_trial_or_a_final_run_diverges_it_ends(tmp_path, monkeypatch, capsys):
+    flags = ["--methods", "lora", "--ranks", "2", "--out", str(tmp_path / "out"), *TINY]
+    monkeypatch.setattr(compare.Comparison, "launch", lambda self, flags, log: diverge(log))
+    assert compare.main(flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == "compare.py: lora rank 2: diverged at every learning rate; give a smaller --lr"
+    assert len(list(tmp_path.glob("out/*.log"))) == 5
+
+    def finals_diverge(self, flags, log):
+        return diverge(log) if "--test" in flags else launch(self, flags, log)
+
+    monkeypatch.setattr(compare.Comparison, "launch", finals_diverge)
+    assert compare.main(flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(r"compare.py: lora rank 2 .* seed 0: train.py: the loss is nan at step 3", line)
+
+
+def test_a_run_that_fails_stops_it_with_the_run_s_own_words(tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--methods", "head", "--ranks", "2", "--seeds", "1", "--dropouts", "", *TINY]
+    out.mkdir()
+    (out / "head-lr0.1-seed0").write_text("in the way")
+    assert compare.main([*flags, "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(
+        f"compare.py: head lr 0.1 seed 0: train.py: --out {out}/head-lr0.1-seed0:"
+    )
+    assert str(out / "head-lr0.1-seed0.log") in line
+    assert checkpoint.read_resume(out / "head-lr0.04-seed0" / "last.pt")["result"]  # is kept
+    assert compare.main([*flags, "--out", str(out), "--epochs", "2"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--epochs was 1, is now 2" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--ranks 2,x", "--ranks 2,x: expected whole numbers >= 1"),
+        ("--ranks 0", "--ranks 0: expected"),
+        ("--ranks 2,300", r"--rank 300: .* expected at most 128"),
+        ("--seeds 0", "--seeds 0: expected >= 1"),
+        ("--jobs 0", "--jobs 0: expected >= 1"),
+        ("--dropouts 0.1,1", r"--dropouts 0.1,1: expected numbers in \[0, 1\)"),
+        ("--methods lora,dora", "--methods lora,dora: expected some of head, lora"),
+        ("--methods=", "expected one at least"),
+        ("--seed 1", "--seed: compare.py sets it itself"),
+        ("--adap lora", "--adapter: compare.py sets it itself"),
+        ("--test", "--test: compare.py sets it itself"),
+        ("--rnaks 2", "unrecognized arguments: --rnaks 2"),
+        ("--epochs 0", "--epochs 0: expected >= 1"),
+        ("--dataset folder --data-dir nowhere", "nowhere"),
+        ("--targets nothing", "target 'nothing' matches no"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_anything_is_trained(
+    flags, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main([*TINY, *flags.split()]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.match(f"compare.py: .*{words}", line)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_test_split_validation_is_reported_and_the_table_says_so(tmp_path, monkeypatch):
+    pets(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    flags = "--methods head --seeds 1 --dataset folder --data-dir photos --epochs 1 --out out"
+    assert compare.main([*flags.split(), "--image-size", "14", "--workers", "0"]) == 0
+    assert {row["test_accuracy"] for row in read_rows(tmp_path / "out")} == {""}
+    assert "There is no test split" in (tmp_path / "out" / "comparison.md").read_text()
+    (line,) = read_tables(tmp_path / "out")["Comparison"]
+    assert line[6] == "" and "±" not in line[5] and float(line[5]) >= 0
+
+
+def test_jobs_share_the_threads_or_the_gpus(monkeypatch):
+    at = SimpleNamespace(jobs=2, config=SimpleNamespace(device="auto"))
+    share = compare.Comparison.share
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert share(at, 1) == {"OMP_NUM_THREADS": "4"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [share(at, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert [share(at, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
+    at.config.device = "cpu"
+    assert share(at, 0) == {"OMP_NUM_THREADS": "4"}
+    at.jobs = 1
+    assert share(at, 0) == {}
