@@ -12,11 +12,14 @@ import urllib.request
 import pytest
 from conftest import ROOT
 from sdxl import toy_sdxl
+from test_compare import launch
 from trees import food101, tiny_imagenet, write_image
 
 import checkpoint
+import compare
 import export
 import predict
+import spectra
 import train
 
 README = (ROOT / "README.md").read_text()
@@ -54,24 +57,48 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_each_command_has_its_test():
-    """pip's lines: .ci/run takes the second, and test_train runs what the first does."""
-    tested = ("pip install", "python train.py", "python predict.py", "python export.py")
-    tested += ("torchrun", "tensorboard")
+    """pip's lines: .ci/run takes the second, and test_train runs what the first does. test_notebooks has
+    notebooks.py."""
+    scripts = "train predict export spectra compare notebooks".split()
+    tested = ("pip install", "torchrun", "tensorboard", *(f"python {name}.py" for name in scripts))
     for line in SHELL:
         assert line.startswith(tested), line
 
 
-def test_commands_that_predict_and_export(runs, capsys):
-    scripts = {"python predict.py": predict, "python export.py": export}
+def test_commands_that_predict_and_export_and_draw(runs, capsys):
+    scripts = {f"python {module.__name__}.py": module for module in (predict, export, spectra)}
     lines = [line for line in SHELL if line.startswith(tuple(scripts))]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         script = next(script for start, script in scripts.items() if line.startswith(start))
         assert script.main(arguments(line)) == 0, line
     said = capsys.readouterr().out
     assert said.count("Predicted class: ") == 1 and said.count("photos/") == 20
-    for name in ("sheet.png", "folder/adapter_config.json", "mine.safetensors", "vit.pth"):
+    for name in (
+        "sheet.png",
+        "folder/adapter_config.json",
+        "mine.safetensors",
+        "vit.pth",
+        "delta.png",
+    ):
         assert (runs.parent / name).is_file()
+
+
+def test_commands_of_compare(tmp_path, monkeypatch, capsys):
+    """As far as the last picture, but for one method, one seed and few images; in this process."""
+    monkeypatch.setattr(compare.Comparison, "launch", launch)
+    tiny_imagenet(tmp_path / "path/to/tiny-imagenet-200", classes=4)
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in SHELL if line.startswith("python compare.py")]
+    assert len(lines) == 3
+    for i, line in enumerate(lines):
+        flags = arguments(line.replace("/path/to", "path/to"))
+        compare.read(flags)  # what README says is taken as it is
+        flags += "--methods head --seeds 1 --limit 4 --epochs 1 --batch-size 2 --workers 0".split()
+        if "tiny-imagenet-lora" in flags:
+            flags += "--weights none --image-size 32 --amp off".split()
+        assert compare.main([*flags, "--out", f"runs/{i}"]) == 0, capsys.readouterr().err
+        assert (tmp_path / "runs" / str(i) / "comparison.png").is_file()
 
 
 @pytest.mark.slow
