@@ -10,6 +10,7 @@ save_peft and load_peft, of peft_folder.py.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -93,15 +94,18 @@ def to_peft(
         chosen += [names[layer] for layer in adapters]
         others += [theirs for ours, theirs in names.items() if ours not in adapters]
     where = base or str((folder / "base").absolute())
-    write_peft(folder, info, endings(chosen, others), ["classifier"], both, where)
     config = hf_config(info, model.encoder.ln.eps)
-    write_json(folder / LABELS, config["id2label"])
-    write_json(folder / "preprocessor_config.json", hf_preprocessing(info["preprocessing"]))
-    if not base:
-        (folder / "base").mkdir(exist_ok=True)
-        write_json(folder / "base" / "config.json", config)
-        with checkpoint.atomic(folder / "base" / "model.safetensors") as temporary:
-            temporary.write_bytes(save(hf_trunk(model, name), {"format": "pt"}))
+
+    def beside() -> None:
+        write_json(folder / LABELS, config["id2label"])
+        write_json(folder / "preprocessor_config.json", hf_preprocessing(info["preprocessing"]))
+        if not base:
+            (folder / "base").mkdir(exist_ok=True)
+            write_json(folder / "base" / "config.json", config)
+            with checkpoint.atomic(folder / "base" / "model.safetensors") as temporary:
+                temporary.write_bytes(save(hf_trunk(model, name), {"format": "pt"}))
+
+    write_peft(folder, info, endings(chosen, others), ["classifier"], both, where, beside)
 
 
 def hf_trunk(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
@@ -174,7 +178,7 @@ def from_peft(
         weights = str(Path(weights).absolute())
     info = {"model": name, "weights": weights or weights_of(folder), "seed": 0}
     info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
-    known = our_preprocessing(folder)
+    known = vit.preprocessing_in(folder)
     size = known.get("image_size")
     model, preprocessing = vit.build(name, info["weights"], len(info["classes"]), size)
     settings = {"factor": -1, "decompose_both": False, **settings}
@@ -248,7 +252,7 @@ def start_settings(path: str | Path) -> dict:
         weights = weights_of(Path(path))
     except ValueError:  # a model that is not here: train says so, unless it is given another
         weights = str(vit.read_json(Path(path) / CONFIG).get("base_model_name_or_path"))
-    size = our_preprocessing(Path(path)).get("image_size")
+    size = vit.preprocessing_in(Path(path)).get("image_size")
     return {**settings, "model": name, "weights": weights, "image_size": size}
 
 
@@ -272,7 +276,7 @@ def start(model: nn.Module, path: str | Path, classes: list[str]) -> tuple[str, 
         own = {renamed(key, names): p for key, p in expected(model).items()}
         known = labels_in(folder)
         same = known == classes if known else len(tensors["classifier.weight"]) == len(classes)
-        images = our_preprocessing(folder)
+        images = vit.preprocessing_in(folder)
     else:
         tensors, info = checkpoint.read_adapter(path)
         own, head = dict(model.named_parameters()), "heads.head."
@@ -305,8 +309,9 @@ def weights_of(folder: Path) -> str:
 def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
     """The names of the n classes, as given or out of the folder."""
     if classes is not None:
-        file = Path(classes)
-        text = file.read_text("utf-8").strip().split("\n") if file.is_file() else classes.split(",")
+        text = classes.split(",")
+        if os.path.isfile(classes):  # Path.is_file refuses a text that is too long for a name
+            text = Path(classes).read_text("utf-8").strip().split("\n")
         names = [name.strip() for name in text]
     else:
         names = labels_in(folder)
@@ -320,28 +325,9 @@ def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
 
 def labels_in(folder: Path) -> list[str]:
     """The class names that a folder holds, in order; none in one that PEFT wrote."""
-    labels = optional_json(folder / "config.json").get("id2label") or {}
-    labels = optional_json(folder / LABELS) or labels
+    labels = vit.optional_json(folder / "config.json").get("id2label") or {}
+    labels = vit.optional_json(folder / LABELS) or labels
     return [labels[key] for key in sorted(labels, key=int)]
-
-
-def optional_json(path: Path) -> dict:
-    return vit.read_json(path) if path.is_file() else {}
-
-
-def our_preprocessing(folder: Path) -> dict:
-    """What a preprocessor_config.json says of the images in our words; nothing if there is none."""
-    theirs = optional_json(folder / "preprocessor_config.json")
-    found = {
-        ours: theirs[key]
-        for ours, key in (("mean", "image_mean"), ("std", "image_std"))
-        if key in theirs
-    }
-    edge = (theirs.get("size") or {}).get("shortest_edge")
-    if edge and theirs.get("do_center_crop"):
-        found["image_size"] = theirs["crop_size"]["height"]
-        found["crop"] = found["image_size"] / edge
-    return found
 
 
 def to_torchvision(path: str | Path, file: str | Path, weights: str | None = None) -> str:

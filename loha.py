@@ -16,11 +16,12 @@ Fine-Tuning to Model Evaluation, 2023, arXiv 2309.14859. Initialisation: PEFT's.
 The elementwise product of two matrices of rank r has a rank of up to r^2. LoRA of rank 2 r trains as many
 numbers, and its update has a rank of at most 2 r.
 
-Cost: delta W takes 2 * rank products for each element of W, whatever the number of rows of x, and is
-added to W, so that x needs no product beside the frozen layer's. Backward builds it once more rather
-than keep it. The factors' gradients take rank^2 (in + out) products twice for each row of x, 17 % of
-the frozen layer's forward and backward for rank 8 on 768 x 768, or in * out once (50 %) where that is
-less. loha_costs weighs these forms for each layer and number of rows.
+Cost: there are two forms. Whole: delta W is built, 2 * rank multiplications for each element of W whatever
+the number of rows of x, and added to W; backward builds it once more rather than keep it. Thin: x passes
+through two matrices of rank^2, rank^2 (in + out) multiplications for each row. The factors' gradients take
+that twice, 17 % of the frozen layer's forward and backward for rank 8 on 768 x 768, or in * out once
+(50 %) where that is less. loha_costs weighs the forms for each layer and number of rows. With dropout on,
+or where the frozen layer is not a plain one, delta runs instead, and autograd keeps what it needs.
 
     from functools import partial
     replace_linear(model, partial(LoHaLinear, rank=8, alpha=16), targets=["query", "value"])
@@ -43,7 +44,7 @@ class LoHaLinear(nn.Module):
     linear: the nn.Linear to adapt. It is kept, not copied, and frozen by mark_trainable.
     rank: inner dimension of each of the two products, 1 or more.
     alpha: the update is scaled by alpha / rank.
-    dropout: probability, in training, that an element of the adapter's input is zeroed (the rest grows).
+    dropout: probability, in training, that an element of the adapter's input is zeroed.
     module_dropout: probability, in training, that the whole update is left out of one forward.
 
     The factors are float32 or wider whatever linear's type, as AdamW and fp16 loss scaling need.
@@ -94,13 +95,13 @@ class LoHaLinear(nn.Module):
         return F.linear(x, ((W1a @ W1b) * (W2a @ W2b)).to(x.dtype))
 
     def product(self, x, W, bias, W1a, W1b, W2a, W2b) -> torch.Tensor:
-        """F.linear(x, W, bias) + self.delta(x, ...) for rows x (N, in): the same numbers, sooner."""
+        """F.linear(x, W, bias) + self.delta(x, ...) for rows x (N, in): equal up to rounding, faster."""
         return LoHaProduct.apply(x, W, bias, W1a, W1b, W2a, W2b)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         keep = 1.0
         if self.training and self.module_dropout > 0:
-            # A 0/1 mask and no if: a skipped adapter would have no gradient, which DDP refuses.
+            # Times 0 or 1, not skipped: DistributedDataParallel wants a gradient of every parameter.
             keep = torch.rand((), device=x.device) >= self.module_dropout
         factors = self.factors(keep)
         if (self.training and self.dropout > 0) or not is_plain(self.linear):
@@ -142,11 +143,12 @@ class LoHaProduct(torch.autograd.Function):
     """x (W + delta W)^T + b for rows x (N, in), with a backward of its own, which keeps x alone.
 
     Whole form: delta W is built and added to W, so that x needs one product; in backward again.
-    Thin form: an elementwise product of matrices of rank r is a product of rank r^2, delta W = B^T A
-    (khatri_rao), so that x passes through A and B as in LoRA. loha_forms says which is cheaper.
+    Thin form: an elementwise product of matrices of rank r is a product of rank r^2, delta W = B^T A with
+    A (rank^2, in) and B (rank^2, out), so that x passes through both as in LoRA (where B stands the other
+    way round). khatri_rao makes them. loha_forms says which form is cheaper.
     """
 
-    generate_vmap_rule = True  # for torch.func: gradients of each sample
+    generate_vmap_rule = True  # for torch.func.vmap: a gradient for each sample
 
     @staticmethod
     def forward(x, W, bias, W1a, W1b, W2a, W2b):
@@ -212,20 +214,27 @@ def khatri_rao_backward(g, first, second) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def is_half(x: torch.Tensor) -> bool:
-    """W + delta W in half precision would round off what delta W adds: W and delta W stay apart."""
+    """True for float16 and bfloat16: there W + delta W would round the update away, so they stay apart."""
     return torch.finfo(x.dtype).bits < 32
 
 
-TOUCH = 16  # in the time of so many multiplications of a large product, memory delivers one number
+# To read or write a number in memory takes about as long as so many multiplications within a large product
+# (on two cores of an AMD EPYC).
+TOUCH = 16
 
 
 def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int = TOUCH) -> tuple:
-    """Multiplications beside the frozen layer's, for N rows: of (whole, thin) in the forward, and as
-    many for x's gradient; of (whole, thin) for the factors' gradients. touch: what one number read or
-    written counts for, 0 to leave memory out."""
-    whole = n_out * n_in * (2 * rank + 4 * touch + N * half)
+    """Multiplications for N rows, without the frozen layer's own: ((whole, thin) of the forward, and as many
+    again for x's gradient; (whole, thin) of the factors' gradients).
+
+    half: whether x is in half precision. touch: what one number read or written counts for, 0 to leave
+    memory out.
+    """
+    whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # two factors each, a product, a sum
     thin = N * (n_out + n_in) * (rank**2 + touch)
-    whole_gradients = n_out * n_in * (N + 6 * rank + 8 * touch)
+    whole_gradients = (
+        n_out * n_in * (N + 6 * rank + 8 * touch)
+    )  # g^T x, then hadamard_backward twice
     return (whole, thin), (whole_gradients, 2 * thin)
 
 
@@ -240,7 +249,8 @@ def loha_forms(x, W, W1b) -> list[str]:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """True if calling linear is F.linear and nothing else: no subclass, hook, quantised or meta weight."""
+    """True if calling linear is F.linear and nothing else: no subclass, no hook or forward of its own, no
+    quantised or meta weight."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks)
     hooks += (linear._backward_hooks, linear._backward_pre_hooks)
     usual = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
@@ -264,7 +274,7 @@ def replace_linear(
 ) -> list[str]:
     """Wrap nn.Linear layers of the model in place and return their dotted names.
 
-    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8, alpha=16).
+    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
     targets: "all" for every nn.Linear whose name does not contain head, or the last parts of names
         (["query", "mlp.0"]; "query,mlp.0" is the same).
     head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without.
@@ -291,7 +301,7 @@ def replace_linear(
         found = {"all": [name for name in names if not (head and head in name)]}
     else:
         ends = targets.split(",") if isinstance(targets, str) else targets
-        ends = [end.strip() for end in ends]
+        ends = [end.strip() for end in ends] or [""]
         found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
     for target, matches in found.items():
         if not matches:

@@ -15,11 +15,12 @@ Edalati et al., KronA: Parameter Efficient Tuning with Kronecker Adapter, 2022, 
 et al., Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, 2023,
 arXiv 2309.14859. Initialisation, and alpha / rank also where no factor has a rank: PEFT's.
 
-Cost: a row x, seen as a matrix X (in_m, in_n), gives W1 X W2^T, a matrix (out_l, out_k) that is
-x kron(W1, W2)^T as rows: for rank 8 on 768 x 768, 16,896 products for each row where the frozen layer
-takes 589,824. With many rows it costs less still to add kron(W1, W2) to W, one product for each
-element: lokr_costs weighs the two. The factors' gradients go the first way in both, and delta W is
-not kept.
+Cost: a row x, seen as a matrix X (in_m, in_n), gives W1 X W2^T, a matrix (out_l, out_k) whose rows, one
+behind the other, are x kron(W1, W2)^T: for rank 8 on 768 x 768, 16,896 multiplications for each row where
+the frozen layer takes 589,824. With many rows it costs less still to add kron(W1, W2) to W, one
+multiplication for each element: lokr_costs weighs the two. The factors' gradients always go the first way,
+and delta W is not kept. With dropout on, or where the frozen layer is not a plain one, delta runs instead,
+and autograd keeps what it needs.
 
     from functools import partial
     replace_linear(model, partial(LoKrLinear, rank=8, alpha=8), targets=["query", "value"])
@@ -55,10 +56,11 @@ class LoKrLinear(nn.Module):
     linear: the nn.Linear to adapt. It is kept, not copied, and frozen by mark_trainable.
     rank: inner dimension of W2's two factors, 1 or more; from max(out_k, in_n) / 2 on W2 is whole.
     alpha: the update is scaled by alpha / rank.
-    dropout: probability, in training, that an element of the adapter's input is zeroed (the rest grows).
+    dropout: probability, in training, that an element of the adapter's input is zeroed.
     module_dropout: probability, in training, that the whole update is left out of one forward.
 
-    factor: the wanted number of rows and columns of W1, -1 for near the square root (factorization).
+    factor: the wanted number of W1's rows and columns, or of W2's if that is the larger; -1 for both near
+        the square root (factorization).
     decompose_both: W1 is a product of two factors too, where rank is small enough.
 
     The factors are float32 or wider whatever linear's type, as AdamW and fp16 loss scaling need.
@@ -124,14 +126,14 @@ class LoKrLinear(nn.Module):
         return (W1 @ (X @ W2.T)).flatten(-2)  # (..., out_l, out_k) -> (..., out)
 
     def product(self, x, W, bias, W1, W2) -> torch.Tensor:
-        """F.linear(x, W, bias) + self.delta(x, W1, W2) for rows x (N, in): the same numbers, sooner."""
+        """F.linear(x, W, bias) + self.delta(x, W1, W2) for rows x (N, in): equal up to rounding, faster."""
         W2a, W2b = (None, W2) if hasattr(self, "lokr_w2") else (self.lokr_w2_a, self.lokr_w2_b)
         return LoKrProduct.apply(x, W, bias, W1, W2a, W2b)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         keep = 1.0
         if self.training and self.module_dropout > 0:
-            # A 0/1 mask and no if: a skipped adapter would have no gradient, which DDP refuses.
+            # Times 0 or 1, not skipped: DistributedDataParallel wants a gradient of every parameter.
             keep = torch.rand((), device=x.device) >= self.module_dropout
         factors = self.factors(keep)
         if (self.training and self.dropout > 0) or not is_plain(self.linear):
@@ -177,7 +179,7 @@ class LoKrProduct(torch.autograd.Function):
     kron. W2 = W2a W2b; a whole W2 is W2b here, and W2a None stands for the identity, of rank out_k.
     """
 
-    generate_vmap_rule = True  # for torch.func: gradients of each sample
+    generate_vmap_rule = True  # for torch.func.vmap: a gradient for each sample
 
     @staticmethod
     def forward(x, W, bias, W1, W2a, W2b):
@@ -217,28 +219,34 @@ def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
     (out_l, in_m), (rank, in_n) = W1.shape, W2b.shape
     X = x.reshape(-1, in_n)  # (N in_m, in_n)
     G = g.reshape(-1, g.shape[1] // out_l)  # (N out_l, out_k)
+    # p = G W2a and q = X W2b^T, with the rank in front
     p = (G.T if W2a is None else W2a.T @ G.T).reshape(-1, out_l)  # (rank N, out_l)
     q = (W2b @ X.T).reshape(-1, in_m)  # (rank N, in_m)
     gW1 = p.T @ q
     gW2a = None if W2a is None else ((q @ W1.T).reshape(rank, -1) @ G).T
-    del q  # as large as s: on a CPU fresh memory costs time
-    s = (p @ W1).reshape(rank, -1)  # (rank, N in_m)
+    del q  # t can have its memory
+    t = (p @ W1).reshape(rank, -1)  # (rank, N in_m)
     if of_x and not built:
-        gx = (g @ W).reshape(X.shape).addmm_(s.T, W2b).reshape(x.shape)
-    return gx, (gW1, gW2a, s @ X)
+        gx = (g @ W).reshape(X.shape).addmm_(t.T, W2b).reshape(x.shape)
+    return gx, (gW1, gW2a, t @ X)
 
 
 def kron(W1, W2a, W2b) -> torch.Tensor:
+    """kron(W1, W2a W2b), (out, in). The scale is in W1 already."""
     return torch.kron(W1, W2b if W2a is None else W2a @ W2b)
 
 
-TOUCH = 16  # in the time of so many multiplications of a large product, memory delivers one number
+# To read or write a number in memory takes about as long as so many multiplications within a large product
+# (on two cores of an AMD EPYC).
+TOUCH = 16
 
 
 def lokr_costs(N: int, n_out: int, n_in: int, W1_size: int, rank: int, touch: int = TOUCH) -> tuple:
-    """Multiplications of (built, apart) beside the frozen layer's and those for the factors' gradients,
-    for N rows, forward and x's gradient together. rank: W2's inner dimension. touch: what one number
-    read or written counts for, 0 to leave memory out."""
+    """Multiplications for N rows, forward and x's gradient together, as (built, apart). The frozen layer's
+    own and those for the factors' gradients, alike in both, are left out.
+
+    rank: W2's inner dimension. touch: what one number read or written counts for, 0 to leave memory out.
+    """
     built = 2 * n_out * n_in * (1 + touch)
     apart = N * (rank * (2 * n_in + n_out + W1_size) + touch * (2 * n_in + n_out))
     return built, apart
@@ -255,7 +263,8 @@ def lokr_form(x, W, W1, W2b) -> str:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """True if calling linear is F.linear and nothing else: no subclass, hook, quantised or meta weight."""
+    """True if calling linear is F.linear and nothing else: no subclass, no hook or forward of its own, no
+    quantised or meta weight."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks)
     hooks += (linear._backward_hooks, linear._backward_pre_hooks)
     usual = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
@@ -279,7 +288,7 @@ def replace_linear(
 ) -> list[str]:
     """Wrap nn.Linear layers of the model in place and return their dotted names.
 
-    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8, alpha=16).
+    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
     targets: "all" for every nn.Linear whose name does not contain head, or the last parts of names
         (["query", "mlp.0"]; "query,mlp.0" is the same).
     head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without.
@@ -306,7 +315,7 @@ def replace_linear(
         found = {"all": [name for name in names if not (head and head in name)]}
     else:
         ends = targets.split(",") if isinstance(targets, str) else targets
-        ends = [end.strip() for end in ends]
+        ends = [end.strip() for end in ends] or [""]
         found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
     for target, matches in found.items():
         if not matches:

@@ -10,10 +10,11 @@
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv 2106.09685, section 4.1.
 Initialisation: the paper's zero B with PEFT's A, which is nn.Linear's own.
 
-Cost: x passes through A and then B, so delta W is never built. That is rank * (in + out) products for
-each row of x, beside the in * out that the frozen layer takes: 2 % for rank 8 on 768 x 768, and 4 %
-of its backward. As much time goes into memory, so LoRAProduct adds the update where the frozen
-layer's product lies; for backward it keeps x and x A^T (rank numbers a row).
+Cost: x passes through A and then B, so delta W is never built. That is rank * (in + out) multiplications
+for each row of x, beside the in * out that the frozen layer takes: 2 % for rank 8 on 768 x 768, and 4 % of
+its backward. Moving the numbers takes time as well, so LoRAProduct adds the update in place, into the
+frozen layer's output; for backward it keeps x and x A^T (rank numbers a row). With dropout on, or where
+the frozen layer is not a plain one, the two lines of delta run instead, and autograd keeps what they need.
 
     from functools import partial
     replace_linear(model, partial(LoRALinear, rank=8, alpha=16), targets=["query", "value"])
@@ -36,7 +37,7 @@ class LoRALinear(nn.Module):
     linear: the nn.Linear to adapt. It is kept, not copied, and frozen by mark_trainable.
     rank: inner dimension of the update, 1 or more.
     alpha: the update is scaled by alpha / rank.
-    dropout: probability, in training, that an element of the adapter's input is zeroed (the rest grows).
+    dropout: probability, in training, that an element of the adapter's input is zeroed.
     module_dropout: probability, in training, that the whole update is left out of one forward.
 
     The factors are float32 or wider whatever linear's type, as AdamW and fp16 loss scaling need.
@@ -79,18 +80,17 @@ class LoRALinear(nn.Module):
 
     def delta(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """x @ delta_weight().T without building delta_weight: (..., in) -> (..., out)."""
-        return F.linear(
-            F.linear(x, A.to(x.dtype)), B.to(x.dtype)
-        )  # (..., in) -> (..., rank) -> (..., out)
+        z = F.linear(x, A.to(x.dtype))  # (..., in) -> (..., rank)
+        return F.linear(z, B.to(x.dtype))  # (..., out)
 
     def product(self, x, W, bias, A, B) -> torch.Tensor:
-        """F.linear(x, W, bias) + self.delta(x, A, B) for rows x (N, in): the same numbers, sooner."""
+        """F.linear(x, W, bias) + self.delta(x, A, B) for rows x (N, in): equal up to rounding, faster."""
         return LoRAProduct.apply(x, W, bias, A, B)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         keep = 1.0
         if self.training and self.module_dropout > 0:
-            # A 0/1 mask and no if: a skipped adapter would have no gradient, which DDP refuses.
+            # Times 0 or 1, not skipped: DistributedDataParallel wants a gradient of every parameter.
             keep = torch.rand((), device=x.device) >= self.module_dropout
         factors = self.factors(keep)
         if (self.training and self.dropout > 0) or not is_plain(self.linear):
@@ -131,11 +131,11 @@ class LoRALinear(nn.Module):
 class LoRAProduct(torch.autograd.Function):
     """x W^T + b + x A^T B^T for rows x (N, in), with a backward of its own, which keeps x and x A^T.
 
-    The two parts of y, and of x's gradient, are added in place. BLAS is up to six times faster with
-    the thin matrix on the left, so x A^T and its gradient stand transposed: (rank, N).
+    The two parts of y, and of x's gradient, are added in place. Matrix libraries (BLAS) are faster with the
+    thin matrix on the left, so x A^T and its gradient stand transposed: (rank, N).
     """
 
-    generate_vmap_rule = True  # for torch.func: gradients of each sample
+    generate_vmap_rule = True  # for torch.func.vmap: a gradient for each sample
 
     @staticmethod
     def forward(x, W, bias, A, B):
@@ -149,7 +149,7 @@ class LoRAProduct(torch.autograd.Function):
         ctx.save_for_backward(x, W, A, B, outputs[1])
 
     @staticmethod
-    def backward(ctx, gy, gz):  # gz is not zero in a double backward alone
+    def backward(ctx, gy, gz):  # gz is zero, but in a double backward
         x, W, A, B, z = ctx.saved_tensors
         of_x, of_W, of_bias = ctx.needs_input_grad[:3]
         with torch.autocast(gy.device.type, enabled=False):
@@ -164,7 +164,8 @@ class LoRAProduct(torch.autograd.Function):
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """True if calling linear is F.linear and nothing else: no subclass, hook, quantised or meta weight."""
+    """True if calling linear is F.linear and nothing else: no subclass, no hook or forward of its own, no
+    quantised or meta weight."""
     hooks = (linear._forward_hooks, linear._forward_pre_hooks)
     hooks += (linear._backward_hooks, linear._backward_pre_hooks)
     usual = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
@@ -188,7 +189,7 @@ def replace_linear(
 ) -> list[str]:
     """Wrap nn.Linear layers of the model in place and return their dotted names.
 
-    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8, alpha=16).
+    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
     targets: "all" for every nn.Linear whose name does not contain head, or the last parts of names
         (["query", "mlp.0"]; "query,mlp.0" is the same).
     head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without.
@@ -215,7 +216,7 @@ def replace_linear(
         found = {"all": [name for name in names if not (head and head in name)]}
     else:
         ends = targets.split(",") if isinstance(targets, str) else targets
-        ends = [end.strip() for end in ends]
+        ends = [end.strip() for end in ends] or [""]
         found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
     for target, matches in found.items():
         if not matches:

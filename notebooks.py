@@ -103,14 +103,15 @@ Food 101 with LoKr, `{"recipe": "food101-lokr"}`.
 """),
         code("""
 INPUT = "/kaggle/input"  # what is attached lies below
-SETTINGS = {}  # flags of train.py, which win: {"adapter": "loha", "rank": 8, "epochs": 2}
+SETTINGS = {}  # flags of train.py but out and resume: {"adapter": "loha", "rank": 8, "epochs": 2}
 COMPARE = ["lokr"]  # adapters to train as well, for comparison; [] for none
 """),
         markdown("""
 ## The code
 
 Each of these cells writes one file, into a folder of its own, so that nothing of yours is overwritten.
-They are folded: open `lora.py` first, it is the method in one page.
+They are folded: open `lora.py` first, it is the method in one file. After a change, run its cell, restart
+the session and *Run All*.
 """),
         code("""
 import os
@@ -193,9 +194,11 @@ elif folder := attached("wnids.txt", "train"):
 elif folder := attached("images", "meta"):
     settings = {"recipe": "food101-lora", "data_dir": str(folder)}
 else:
-    settings = {"recipe": "demo", "dataset": "folder", "data_dir": "digits"}
-    settings |= {"weights": "trunk.safetensors", "epochs": 10}
+    settings = {"recipe": "demo", "weights": "trunk.safetensors", "epochs": 10}
+    if "dataset" not in SETTINGS:
+        settings |= {"dataset": "folder", "data_dir": "digits"}
 settings |= SETTINGS
+settings.setdefault("cache_dir", "/tmp/cache")  # decoded images, which a later session makes anew
 file = "vit_b_16-c867db91.pth"
 if train.Config(**settings).weights == "imagenet1k" and (folder := attached(file)):
     settings["weights"] = str(folder / file)
@@ -204,7 +207,12 @@ print(settings)
 """),
         code("""
 dataset = sources.load(
-    config.dataset, config.data_dir, config.limit, config.classes, holdout=config.holdout
+    config.dataset,
+    config.data_dir,
+    config.limit,
+    config.classes,
+    config.download,
+    config.holdout,
 )
 print(f"{len(dataset.train):,} images train, {len(dataset.val):,} validate")
 print(f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:10])}")
@@ -230,23 +238,35 @@ import torch
 for adapter in checkpoint.METHODS:
     with torch.device("meta"):  # shapes without numbers: enough to count
         model, _ = vit.build(config.model, "none", len(dataset.classes))
-    trainable, total = checkpoint.adapt(model, adapter, config.rank, config.alpha, config.targets)
+    arguments = {key: getattr(config, key) for key in checkpoint.ADAPT}
+    trainable, total = checkpoint.adapt(model, **(arguments | {"adapter": adapter}))
     print(f"{adapter}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
 """),
         markdown("""
 ## Training
 
 A run is saved in its folder as it goes, and `resume` goes on from there: run the cell again after a stop. In
-a later session, attach the output of the earlier one, and the first lines copy the run out of it.
-All GPUs of the session share each batch.
+a later session, attach the output of the earlier one, and the run is copied out of it. Other `SETTINGS` are
+another run. All GPUs of the session share each batch.
 """),
         code("""
+import re
 import shutil
 
-run = Path("runs", f"{config.recipe}-{config.adapter}")
-if not run.exists() and (folder := attached(f"{run.name}/last.pt")):
-    shutil.copytree(folder / run.name, run)
+from config import FREE
 
+
+def folder_of(adapter):
+    \"\"\"The folder of a run, named by its settings; out of an earlier session, if that is attached.\"\"\"
+    changed = [f"{key}-{SETTINGS[key]}" for key in SETTINGS if key not in ("adapter", *FREE)]
+    name = re.sub(r"[^\\w.]+", "-", "-".join([config.recipe, adapter, *changed]))
+    folder = Path("runs", name)
+    if not folder.exists() and (earlier := attached(f"{name}/last.pt")):
+        shutil.copytree(earlier / name, folder)
+    return folder
+
+
+run = folder_of(config.adapter)
 result = train.train(train.Config(**settings, out=run, resume=True))
 """),
         code("""
@@ -263,8 +283,8 @@ The same with other adapters:
         code("""
 results = {config.adapter: result}
 for adapter in COMPARE:
-    other = settings | {"adapter": adapter, "out": Path("runs", f"{config.recipe}-{adapter}")}
-    results[adapter] = train.train(train.Config(**other, resume=True))
+    other = settings | {"adapter": adapter, "out": folder_of(adapter), "resume": True}
+    results[adapter] = train.train(train.Config(**other))
 for adapter, r in results.items():
     print(f"{adapter}: {r['trainable']:,} trained, validation accuracy {r['val_accuracy']:.1%}")
 """),
@@ -276,6 +296,7 @@ The adapter file holds what was trained, the names of the classes and which trun
 """),
         code("""
 some = dataset.val.rows(sources.even_rows(dataset.val.labels, 8)).files
+some = some or sorted(map(str, Path("digits").glob("val/*/0.png")))  # of data without files
 predict.main([str(run / "adapter.safetensors"), *some, "--figure", "sheet.png"])
 Image("sheet.png")
 """),

@@ -9,6 +9,7 @@ three methods that our layers do not compute is refused by the key that says so.
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -60,15 +61,21 @@ def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]
     """Wrap the layers of any model that a PEFT folder names and load its tensors; return their names.
 
     head: as in mark_trainable; the folder must hold it whole.
-    Raises OSError or ValueError, naming file and key, for what is missing, a variant or does not fit.
+    Raises OSError or ValueError, naming file and key, for what is missing, a variant or does not fit; no
+    layer is wrapped then.
     """
     settings, tensors = read_peft(folder)
     layers = layers_of(tensors)
     others = [name for name, _ in model.named_modules() if name not in layers]
     bias, wrap = settings.pop("bias"), ADAPTERS[settings.pop("adapter")]
-    replace_linear(model, partial(wrap, **settings), endings(layers, others), head)
+    wrapped = replace_linear(model, partial(wrap, **settings), endings(layers, others), head)
     mark_trainable(model, head, bias)
-    fill(expected(model), tensors, folder)
+    try:
+        fill(expected(model), tensors, folder)
+    except ValueError:
+        for name in wrapped:
+            model.set_submodule(name, model.get_submodule(name).linear)
+        raise
     return layers
 
 
@@ -168,9 +175,16 @@ def ends(name: str) -> list[str]:
 
 
 def write_peft(
-    folder: Path, settings: dict, targets: list[str], heads: list[str], tensors: dict, base: str
+    folder: Path,
+    settings: dict,
+    targets: list[str],
+    heads: list[str],
+    tensors: dict,
+    base: str,
+    beside: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the two files of a PEFT folder, the configuration last."""
+    """Write the two files of a PEFT folder, and what is to lie beside them; the configuration last, so that
+    a folder that has one is whole."""
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder}: holds an adapter already; name another folder or remove it")
     alpha = int(settings["alpha"]) if settings["alpha"] % 1 == 0 else settings["alpha"]
@@ -192,6 +206,7 @@ def write_peft(
     with checkpoint.atomic(folder / FILES[0]) as temporary:
         content = {PREFIX + key: tensor for key, tensor in tensors.items()}
         temporary.write_bytes(save(content, {"format": "pt"}))
+    beside()
     write_json(folder / CONFIG, config)
 
 

@@ -187,7 +187,7 @@ def entitle(figure: Figure, title: str, size: float = 10) -> None:
 def check_figure(path: Path, flag: str) -> None:
     """Raise ValueError for a picture that could not be written, before the work is done."""
     known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
+    if path.suffix.removeprefix(".").lower() not in known:
         raise ValueError(
             f"{flag} {path}: expected a name that ends in .{', .'.join(sorted(known))}"
         )

@@ -101,7 +101,7 @@ def draw(path: str, shown: list, info: dict, title: str) -> None:
 def run(argv: list[str] | None) -> int:
     parser = Parser(description="Say what is on images.")
     add = parser.add_argument
-    add("adapter", help="the adapter file")
+    add("adapter", help="the adapter file, or the folder of its run")
     add("images", nargs="+", help="image files, and folders of them")
     add("--top", type=int, default=5, help="classes to name of each image (default: 5)")
     add("--json", action="store_true", help="print a JSON object on a line for each image")

@@ -106,16 +106,16 @@ def load(
         near = get_close_matches(unknown, names, n=3) or names[:3]
         raise ValueError(f"classes: {name} has no {unknown!r}; did you mean {', '.join(near)}?")
     chosen = np.isin(names, wanted or names)
-    # The keys of the whole split: an image is held out or not whatever --classes says.
-    files = splits["train"].files
-    keys = np.array(relative(files) if files else [*map(str, range(len(splits["train"])))])
+    every, taken = splits["train"], {}  # every training image; the rows of each split that stay
     for key, split in splits.items():
         rows = np.flatnonzero(chosen[split.labels])
-        rows = rows[even_rows(split.labels[rows], limit)] if limit else rows
-        splits[key], keys = split.rows(rows), keys[rows] if key == "train" else keys
+        taken[key] = rows[even_rows(split.labels[rows], limit)] if limit else rows
+        splits[key] = split.rows(taken[key])
     if holdout:
+        # The keys of the whole split: an image is held out or not whatever --classes says.
+        keys = relative(every.files) if every.files else [*map(str, range(len(every)))]
         train = splits["train"]
-        kept, held = stratified(keys.tolist(), train.labels, [1 - holdout])
+        kept, held = stratified([keys[row] for row in taken["train"]], train.labels, [1 - holdout])
         splits.setdefault("test", splits["val"])
         splits |= {"train": train.rows(kept), "val": train.rows(held)}
     for key, split in splits.items():

@@ -245,7 +245,9 @@ def trunk_state(model: str, weights: str) -> tuple[dict | None, dict, float]:
         path = tensors_in(path)
     state, metadata = read_weights(path)
     layout = layout_of(state)
-    default = HALF if layout else default
+    if layout:
+        beside = preprocessing_in(path.parent)
+        default = {key: beside.get(key, value) for key, value in HALF.items()}
     eps = json.loads(metadata.get("eps", str(EPS)))  # a run of --adapter full wrote it down
     if layout in ("hf", "hf5"):
         config = path.with_name("config.json")
@@ -287,11 +289,15 @@ def find_in21k(url: str = f"https://huggingface.co/{IN21K}/resolve/main/{FILES[0
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     snapshots = hub / f"models--{IN21K.replace('/', '--')}" / "snapshots"
-    folders = [*snapshots.glob("*"), Path(short), *folders_below(KAGGLE, short)]
-    found = [folder / name for folder in folders for name in FILES if (folder / name).is_file()]
     place = Path(torch.hub.get_dir()) / "checkpoints" / f"{short}.safetensors"
-    if found or place.is_file():
-        return [*found, place][0]
+    near = [folder / name for folder in [*snapshots.glob("*"), Path(short)] for name in FILES]
+    for file in (*near, place):
+        if file.is_file():
+            return file
+    for folder in folders_below(KAGGLE, short):  # last: it may hold a million images
+        for name in FILES:
+            if (folder / name).is_file():
+                return folder / name
     part = place.with_suffix(".part")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -307,12 +313,13 @@ def find_in21k(url: str = f"https://huggingface.co/{IN21K}/resolve/main/{FILES[0
 
 
 def folders_below(root: Path, name: str) -> list[Path]:
-    """The folders at most six levels below root that have name in their path, sorted."""
+    """The folders at most six levels below root that have name in their path, sorted. Where there are very
+    many, they are the classes of some data set, and not looked into."""
     found = []
     for folder, inside, _ in os.walk(root):
         path = Path(folder).relative_to(root)
         found += [Path(folder)] if name in str(path) else []
-        if len(path.parts) == 6:
+        if len(path.parts) == 6 or len(inside) > 100:
             inside.clear()
     return sorted(found)
 
@@ -324,6 +331,26 @@ def tensors_in(folder: Path) -> Path:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"{folder}: expected {' or '.join(FILES)}, found {there}")
     return found
+
+
+def preprocessing_in(folder: Path) -> dict:
+    """What Hugging Face's preprocessor_config.json in a folder says of images, in our words: mean, std and,
+    if they are cropped, image_size and crop. Nothing if there is none."""
+    theirs = optional_json(folder / "preprocessor_config.json")
+    keys = {"mean": "image_mean", "std": "image_std"}
+    found = {ours: theirs[key] for ours, key in keys.items() if key in theirs}
+    if theirs.get("do_center_crop"):
+        # Older files have plain numbers: size is the shorter side then, crop_size that of a square.
+        edge, crop = theirs.get("size"), theirs.get("crop_size")
+        edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        if edge and crop:
+            found |= {"image_size": crop, "crop": crop / edge}
+    return found
+
+
+def optional_json(path: Path) -> dict:
+    return read_json(path) if path.is_file() else {}
 
 
 def layout_of(state: dict) -> str | None:
