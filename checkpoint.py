@@ -32,6 +32,7 @@ from safetensors.torch import save
 from torch import nn
 
 import vit
+from devices import out_of_memory
 from loha import LoHaLinear
 from lokr import LoKrLinear
 from lora import LoRALinear, mark_trainable, replace_linear
@@ -282,10 +283,14 @@ def read_resume(path: Path, mmap: bool = False) -> dict:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        return content | {"config": dict(content["config"])}
+        if missing := {"config", "identity", "tensors"} - content.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        return content
     except OSError:
         raise
     except Exception as error:  # wrong bytes are met with errors of any type
+        if out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(f"{path}: not a resume file ({reason})") from None
 

@@ -8,9 +8,10 @@ Each method at each rank gets the same budget of learning rates (NEAR, next_lr),
 judged by validation accuracy; their centre is --lr, or the recipe's. Once all are chosen, the final runs
 are trained, of every seed, and the adapters with each dropout as well. Each of these is tested, once.
 
-Every run is train.py's, with --resume, in a folder of its own in --out: stopped, in whatever way, the same
-command goes on. --jobs trains so many at once: on a CPU they share the threads (which changes the last bits),
-on GPUs each has one of them. Of every run there is a row in comparison.csv.
+Every run is train.py's, with --resume, in a folder of its own in --out: after a stop the same command goes
+on. (If this process is killed outright, the run under way trains on to its end first.) --jobs trains so
+many at once: on a CPU they share the threads (which changes the last bits), on GPUs each has one of them. Of
+every run there is a row in comparison.csv.
 """
 
 import math
@@ -44,8 +45,13 @@ HERE = Path(__file__).parent
 # adapters do, the whole trunk smaller ones.
 NEAR = {"head": 20, "lora": 1, "loha": 1, "lokr": 1, "full": 0.4}
 STEP, TRIALS = 2.5, 5  # between two learning rates; at most so many of them
+# What stops a comparison: ctrl-C, a kill, and, where there is such a signal, a terminal that closes.
+STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 LOAD = "dataset data_dir limit classes download holdout".split()  # the arguments of data.load
 OWN = "adapter rank seed resume test init_adapter".split()  # what is set here, run by run
+
+
+DIVERGED = "try a smaller --lr"  # in what train.py says of a loss that is not finite
 
 
 class Variant(NamedTuple):
@@ -119,13 +125,14 @@ class Comparison:
         flags += ["--out", str(folder), "--resume"]
         flags += ["--test"] if part == "final" and self.dataset.test else []
         config, clock = parse(flags), time.monotonic()
-        result = self.result(config)
-        took = "finished already" if result else None
-        if not result:
-            log = folder.with_name(folder.name + ".log")
+        result, log = self.result(config), folder.with_name(folder.name + ".log")
+        took = "finished already"
+        if not result and part == "trial" and DIVERGED in last_line(log):
+            result = {}
+        elif not result:
             status = self.launch(flags, log)
-            said = (log.read_text(errors="replace").strip().splitlines() or ["says nothing"])[-1]
-            diverged = status == 2 and part == "trial" and "try a smaller --lr" in said  # fit's
+            said = last_line(log)
+            diverged = status == 2 and part == "trial" and DIVERGED in said
             result = {} if diverged else None if status else self.result(config)
             if result is None:
                 raise ValueError(f"{name}: {said} (exit status {status}; more in {log})")
@@ -147,7 +154,7 @@ class Comparison:
         last = Path(config.out) / "last.pt"
         if not last.exists():
             return None
-        content = checkpoint.read_resume(last)
+        content = checkpoint.read_resume(last, mmap=True)
         refuse_changes(config, content["config"])
         images = [len(self.dataset.train), len(self.dataset.val)]
         result = content["result"] if content["identity"]["images"] == images else None
@@ -187,19 +194,25 @@ class Comparison:
         """The task with each of the arguments, so many at once as there are jobs. If one fails, or a signal
         comes, the runs under way save and end as well."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            futures = [pool.submit(task, *each) for each in arguments]
             try:
+                futures = [pool.submit(task, *each) for each in arguments]
                 for future in as_completed(futures):
                     future.result()
             except BaseException:
-                for future in futures:
-                    future.cancel()
+                self.stopping = True  # first: what is queued ends at once
+                for number in STOPS:  # a second signal would break off what follows
+                    signal.signal(number, signal.SIG_IGN)
                 with self.lock:
-                    self.stopping = True
                     for process in self.processes:
                         process.terminate()
                 raise
         return [future.result() for future in futures]
+
+
+def last_line(log: Path) -> str:
+    """The last line of a file; "says nothing" if it has none."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    return (text.strip().splitlines() or ["says nothing"])[-1]
 
 
 def compare(argv: list[str]) -> None:
@@ -245,7 +258,8 @@ def budget(config: Config, options, argv: list[str]) -> str:
         "For each line of the table the learning rate is the best by validation accuracy, then by "
         f"validation loss, of a centre ({near}), {STEP:g} times less, {STEP:g} times more, and a step "
         f"further out as long as the best is at the edge, {TRIALS} at most, with seed 0; dropout is tried "
-        f"at the same. Command: `{shlex.join(['python', 'compare.py', *argv])}`."
+        f"at the same. Command: `{shlex.join(['python', 'compare.py', *argv])}`; runs at "
+        f"once: {options.jobs}."
     )
 
 
@@ -323,7 +337,7 @@ def stop(number: int, frame) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Compare as the command line says; 0, or after one line on stderr 2 for what cannot work, and 128 +
     its number for a signal."""
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) or signal.SIG_DFL for number in STOPS}
     try:
         compare(sys.argv[1:] if argv is None else argv)
     except Stopped as stopped:

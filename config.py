@@ -1,6 +1,7 @@
 """What a run is told: Config, from which the command line is made, the recipes, and what is refused."""
 
 import argparse
+import json
 import math
 import operator
 import os
@@ -149,8 +150,11 @@ RECIPES = {
     "food101-lokr": {**FOOD101, "adapter": "lokr", "module_dropout": 0.1},
 }
 
-# What another machine or a later session may change in a run that goes on.
-FREE = "recipe data_dir download device workers cache_dir test out resume save_minutes".split()
+# What another machine or a later session may change in a run that goes on. Its trunk, wherever the weights
+# lie, is compared by itself.
+FREE = (
+    "recipe data_dir weights download device workers cache_dir test out resume save_minutes".split()
+)
 
 
 def check(config: Config) -> None:
@@ -197,9 +201,8 @@ def check(config: Config) -> None:
         for name in ("config.json", "last.pt", checkpoint.ADAPTER_FILE)
     ):
         raise ValueError(taken(config.out))
-    above = Path(config.out or "runs").absolute()
-    while not above.exists():
-        above = above.parent
+    path = Path(config.out or "runs").absolute()
+    above = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(
             f"--out {config.out or 'runs'}: cannot be made, {above} is no folder that can be written; "
@@ -239,6 +242,19 @@ def check_resume(config: Config) -> None:
         raise ValueError(
             f"--resume: {folder} holds an adapter but no last.pt to go on from; name another folder"
         )
+    elif (folder / "config.json").exists() and not is_ours(folder / "config.json"):  # likewise
+        raise ValueError(
+            f"--resume: {folder / 'config.json'} is of no run of train.py; name another folder"
+        )
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a config.json is a run's; also an empty one, which a kill at the start has left."""
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        return not text or {"recipe", "adapter"} <= set(json.loads(text))
+    except (ValueError, TypeError):
+        return False
 
 
 def refuse_changes(config: Config, then: dict) -> None:
@@ -285,6 +301,4 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def taken(folder: str | Path) -> str:
-    if Path(folder).is_file():
-        return f"--out {folder}: is a file; name a folder"
     return f"--out {folder}: holds a run already; go on with it (--resume), name another folder or remove it"

@@ -132,6 +132,15 @@ def in_turn() -> Iterator[None]:
         dist.barrier()
 
 
+def gather(texts: list[str]) -> list[str]:
+    """The texts of all of torchrun's processes, each once."""
+    if world() == 1:
+        return texts
+    found = [None] * world()
+    dist.all_gather_object(found, texts)
+    return list(dict.fromkeys(text for part in found for text in part))
+
+
 def meet_at(step: int, device: torch.device) -> None:
     """Raise ValueError if torchrun's processes did not all read the same last.pt."""
     if world() > 1:

@@ -29,12 +29,26 @@ import checkpoint
 import data
 import pictures
 from config import Config, taken
-from devices import meet_at, rank, world
+from devices import gather, meet_at, rank, world
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+
+def muted(show: Callable) -> Callable:
+    """threading's excepthook without TensorBoard's thread, whose errors come again where save_events meets
+    them, and are one line there."""
+
+    def hook(args) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            show(args)
+
+    return hook
+
+
+threading.excepthook = muted(threading.excepthook)
 
 
 @dataclass
@@ -84,7 +98,8 @@ def make_folder(config: Config) -> tuple[Path, IO]:
             if mode == "x" and path.exists():  # empty, on a full disk; it would bar the next try
                 path.unlink()
             raise ValueError(f"--out {folder}: cannot be made ({reason}); name another") from None
-    raise ValueError(taken(config.out))
+    busy = f"--out {config.out}: another process trains there; wait for its end"
+    raise ValueError(busy if config.resume else taken(config.out))
 
 
 def lock(file: IO) -> bool:
@@ -111,7 +126,7 @@ def attempt(run: Run, name: str, write: Callable[[], None]) -> bool:
         return True
     try:
         write()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         if name not in run.unwritten:
             tell = f"{run.folder}: {name} cannot be written ({error}); training goes on, and tries again"
             tqdm.write(f"train.py: {tell}", file=sys.stderr)
@@ -179,11 +194,16 @@ class Log:
             flush=True,
         )
         self.start_epoch()
+        self.list_bad()
+
+    def list_bad(self):
+        """unreadable.txt: the files that were replaced, in all processes."""
         splits = (self.run.dataset.train, self.run.dataset.val, self.run.dataset.test)
-        if bad := [reason for split in splits if split for reason in split.bad.values()]:
-            text = "\n".join(bad) + "\n"
-            file = self.run.folder / "unreadable.txt"
-            attempt(self.run, file.name, lambda: file.write_text(text))
+        if bad := gather([reason for split in splits if split for reason in split.bad.values()]):
+            text = "".join(f"{reason}\n" for reason in bad)
+            file = self.run.folder / "unreadable.txt"  # names need not be UTF-8
+            how = {"encoding": "utf-8", "errors": "surrogateescape"}
+            attempt(self.run, file.name, lambda: file.write_text(text, **how))
 
     def write(self, step: int, **values):
         epoch = f"{step / self.steps:.6g}"
@@ -243,6 +263,13 @@ class Log:
         self.images, self.seconds, self.rows = state["images"], state["seconds"], state["rows"]
         self.images_per_second = state["images_per_second"]
 
+    def release(self):
+        """Close the file of events, so that a run that goes on can take its place."""
+        if self.writer:
+            with suppress(OSError):  # the disk may still be full
+                self.writer.close()
+            self.writer = None
+
     def close(self, best: dict):
         settings = {k: v for k, v in asdict(self.run.config).items() if v is not None}
         settings = {k: str(v) if isinstance(v, list | tuple) else v for k, v in settings.items()}
@@ -252,7 +279,8 @@ class Log:
         def write():
             self.save_events()
             for name in ("predictions", "confusion"):
-                if (file := self.run.folder / f"{name}.png").exists():
+                file = self.run.folder / f"{name}.png"
+                if file.exists() and "pictures" not in self.run.unwritten:
                     pixels, step = imread(file), self.rows[-1]["step"]
                     self.writer.add_image(name, pixels, step, dataformats="HWC")
             for summary in hparams(settings, best):  # add_hparams would open a file of its own
@@ -266,6 +294,8 @@ class Log:
 
 class Progress:
     """How far a run has come, in memory and, from time to time, in last.pt."""
+
+    KEPT = ("done", "epoch", "best", "best_tensors", "best_counts", "result")
 
     def __init__(self, run: Run, optimizer, scaler):
         self.run, self.optimizer, self.scaler = run, optimizer, scaler
@@ -286,7 +316,11 @@ class Progress:
         return time.monotonic() - self.clock >= 60 * self.run.config.save_minutes
 
     def save(self) -> None:
-        """Write last.pt, if it can be. FloatingPointError if the run has gone astray."""
+        """Write last.pt, if it can be; of several processes the first one does. FloatingPointError if the
+        run has gone astray."""
+        self.clock = time.monotonic()
+        if rank() > 0:
+            return
         splits = (self.run.dataset.train, self.run.dataset.val)
         rest = {
             **{key: getattr(self, key) for key in self.KEPT},
@@ -299,9 +333,6 @@ class Progress:
         write = partial(checkpoint.save_resume, self.file, model, self.optimizer, self.scaler, rest)
         if attempt(self.run, "last.pt", write):
             self.saved = self.done
-        self.clock = time.monotonic()
-
-    KEPT = ("done", "epoch", "best", "best_tensors", "best_counts", "result")
 
     def load(self) -> None:
         """Go on where last.pt stands."""
@@ -338,7 +369,8 @@ class Progress:
         """What to say of a run whose loss or tensors are not finite any more."""
         lr = self.optimizer.param_groups[0]["lr"]
         scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
-        best = f"; the best epoch so far is in {self.run.folder}" if self.best_tensors else ""
+        there = (self.run.folder / checkpoint.ADAPTER_FILE).exists()
+        best = f"; the best epoch so far is in {self.run.folder}" if there else ""
         kept = f"; last.pt stays at step {self.saved}" if self.saved is not None else ""
         return (
             f"{what} at step {self.done} (learning rate {lr:.3g}{scale}){best}{kept}; "
@@ -359,7 +391,9 @@ def refuse_others(config: Config, dataset: data.Dataset, info: dict) -> None:
         then = checkpoint.read_resume(file, mmap=True)["identity"]
         for key, now in identity(dataset, info).items():
             if then[key] != now:
-                raise ValueError(f"--resume: {file}: {key} was {then[key]}, is now {now}")
+                raise ValueError(
+                    f"--resume: {file}: {key} was {then[key]!s:.90}, is now {now!s:.90}"
+                )
 
 
 class Stopped(KeyboardInterrupt):

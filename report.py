@@ -212,7 +212,7 @@ def machine(config: Config) -> str:
         commit = f", commit {said.stdout.strip()}" if said.returncode == 0 else ""
     dtype = str(pick_dtype(config.amp, device))[6:]
     return (
-        f"{name}, {os.cpu_count()} cores, threads: {torch.get_num_threads()}, {device}, {dtype}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-        f"{commit}."
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, which runs at once share, "
+        f"{device}, {dtype}, Python {platform.python_version()}, torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}{commit}."
     )

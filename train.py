@@ -53,6 +53,9 @@ def train(config: Config) -> dict:
     try:
         result = fit(prepare(config))
     except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{reason[:200]}; if memory is short, try --workers 0") from None
         if not out_of_memory(error):
             raise
         raise ValueError(smaller(config, error)) from None
@@ -103,12 +106,17 @@ def prepare(config: Config) -> Run:
 
 def smaller(config: Config, error: Exception) -> str:
     """What to say where the memory does not suffice."""
-    half, twice = -(-config.batch_size // 2), config.grad_accum * 2
-    amp = "" if config.amp in ("bf16", "fp16") else "; or --amp bf16, on older GPUs --amp fp16"
+    batch = config.batch_size
+    part = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # into so many equal ones
+    smaller = f"--batch-size {batch // part} --grad-accum {config.grad_accum * part}, which learns the same"
+    amp = config.amp not in ("bf16", "fp16")
+    tries = [smaller] * (part > 1) + ["--amp bf16, on older GPUs --amp fp16"] * amp
+    tries += [] if tries else ["a smaller --image-size, or fewer --targets"]
+    again = config.out and (Path(config.out) / "config.json").exists()
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"out of memory with --batch-size {config.batch_size} ({reason[:200]}); try "
-        f"--batch-size {half} --grad-accum {twice}, which learns the same{amp}"
+        f"out of memory with --batch-size {batch} ({reason[:200]}); try {'; or '.join(tries)}"
+        f"{'; in another --out' if again else ''}"
     )
 
 
@@ -129,12 +137,14 @@ def fit(run: Run) -> dict:
         try:
             while at.epoch < config.epochs:
                 train_epoch(run, forward, at, signals)
+            return finish(run, forward, at, signals)
         except FloatingPointError as error:
             raise ValueError(at.diverged(error)) from None
-        return finish(run, forward, at, signals)
+        finally:
+            at.log.release()
 
 
-def train_epoch(run: Run, forward: nn.Module, at: "Progress", signals: "Signals") -> None:
+def train_epoch(run: Run, forward: nn.Module, at: Progress, signals: Signals) -> None:
     """What is left of the epoch that the run is in: its steps, its evaluation, the best epoch kept."""
     config, split, steps = run.config, run.dataset.train, at.steps
     per_step = config.batch_size * config.grad_accum
@@ -169,7 +179,7 @@ def train_epoch(run: Run, forward: nn.Module, at: "Progress", signals: "Signals"
         at.save_adapter()
 
 
-def finish(run: Run, forward: nn.Module, at: "Progress", signals: "Signals") -> dict:
+def finish(run: Run, forward: nn.Module, at: Progress, signals: Signals) -> dict:
     """Put the best epoch back, test it if that was asked for, draw it, and return the result."""
     config, best = run.config, at.best
     checkpoint.put(run.model, at.best_tensors)
@@ -178,6 +188,7 @@ def finish(run: Run, forward: nn.Module, at: "Progress", signals: "Signals") -> 
         batches = signals.watch(load_batches(run, run.dataset.test), at)
         test_loss, test_accuracy = evaluate(forward, batches)
         best = best | {"test_loss": test_loss, "test_accuracy": test_accuracy}
+        at.log.list_bad()
         print(f"Test Accuracy: {test_accuracy:.2%}")
     at.log.save()  # the curves are drawn from it
     attempt(run, "pictures", lambda: draw(run, best["val_accuracy"], at.best_counts))

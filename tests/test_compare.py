@@ -299,12 +299,14 @@ def test_where_every_trial_or_a_final_run_diverges_it_ends(tmp_path, monkeypatch
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == "compare.py: lora rank 2: diverged at every learning rate; give a smaller --lr"
     assert len(list(tmp_path.glob("out/*.log"))) == 5
+    monkeypatch.setattr(compare.Comparison, "launch", None)  # they are not tried again
+    assert compare.main(flags) == 2 and capsys.readouterr().err.strip() == line
 
     def finals_diverge(self, flags, log):
         return diverge(log) if "--test" in flags else launch(self, flags, log)
 
     monkeypatch.setattr(compare.Comparison, "launch", finals_diverge)
-    assert compare.main(flags) == 2
+    assert compare.main([*flags, "--out", str(tmp_path / "finals")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.match(r"compare.py: lora rank 2 .* seed 0: train.py: the loss is nan at step 3", line)
 

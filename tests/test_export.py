@@ -319,6 +319,8 @@ def test_incomplete_folders_and_missing_names_are_refused(tmp_path):
         export.from_peft(folder, path)
     with pytest.raises(ValueError, match="3 classes, found 2"):
         export.from_peft(folder, path, classes="x,y")
+    with pytest.raises(ValueError, match="3 classes, found 101"):  # too long for a file's name
+        export.from_peft(folder, path, classes=",".join(f"class number {i}" for i in range(101)))
     (folder / "adapter_config.json").rename(tmp_path / "config")
     with pytest.raises(FileNotFoundError, match=r"expected adapter_config\.json"):
         export.from_peft(folder, path, classes="x,y,z")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -421,6 +422,27 @@ def test_broken_images_are_replaced_and_listed_or_stop_the_run(workers, tmp_path
     assert last.startswith("train.py: 10 of 48 images cannot be read, which is over 1 %")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the others have no such names")
+def test_broken_images_whose_names_are_no_text_are_listed(tmp_path):
+    files = sorted(pets(tmp_path / "pets", images=10).rglob("*.jpg"))
+    files[3].write_bytes(b"")
+    name = os.fsencode(files[3])[:-5] + b"\xff.jpg"
+    os.rename(files[3], name)
+    flags = "--dataset folder --batch-size 8 --epochs 1 --workers 0 --data-dir".split()
+    flags += [str(tmp_path / "pets"), "--out", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    assert os.path.basename(name) in (tmp_path / "run" / "unreadable.txt").read_bytes()
+
+
+def test_a_broken_image_of_the_test_split_is_listed(tmp_path):
+    pets(tmp_path / "pets", parts=("train", "val", "test"), images=4)
+    bad = sorted((tmp_path / "pets" / "test").rglob("*.jpg"))[2]
+    bad.write_bytes(b"")
+    flags = "--dataset folder --batch-size 8 --epochs 1 --workers 0 --test --data-dir".split()
+    assert train.main([*flags, str(tmp_path / "pets"), "--out", str(tmp_path / "run")]) == 0
+    assert str(bad) in (tmp_path / "run" / "unreadable.txt").read_text("utf-8")
+
+
 @pytest.mark.parametrize("flags", [["--dataset", "tiny-imagenet"], ["--cache"], []])
 def test_data_may_be_read_only(flags, tmp_path):
     """Nothing is written where the data lies: its files and folders stay, with their times."""
@@ -438,6 +460,32 @@ def test_data_may_be_read_only(flags, tmp_path):
     flags += "--batch-size 8 --epochs 1 --image-size 28 --workers 2".split()
     assert train.main(flags) == 0
     assert content() == before
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        (
+            {"batch_size": 64},
+            "try --batch-size 32 --grad-accum 2, which learns the same; or --amp bf16",
+        ),
+        ({"batch_size": 15, "grad_accum": 2}, "try --batch-size 5 --grad-accum 6, which"),
+        ({"batch_size": 1}, "; try --amp bf16"),
+        ({"batch_size": 1, "amp": "fp16"}, "; try a smaller --image-size"),
+    ],
+    ids=str,
+)
+def test_what_to_try_where_memory_ends_learns_the_same(config, advice):
+    said = train.smaller(train.Config(**config), MemoryError("all of it").with_traceback(None))
+    assert advice.replace("; try", "(all of it); try") in said
+
+
+def test_a_config_json_that_is_no_run_s_stays(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text('{"model_type": "vit"}')
+    assert train.main(["--limit", "20", "--epochs", "1", "--resume", "--out", str(tmp_path)]) == 2
+    assert f"{file} is of no run of train.py" in capsys.readouterr().err
+    assert file.read_text() == '{"model_type": "vit"}'
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "last.pt"])

@@ -92,6 +92,39 @@ def test_hugging_face_s_logits_from_a_folder_that_it_saved(tmp_path):
     assert (wrong - model(images()).logits).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ({}, {}),
+        ({"size": 224, "do_resize": True}, {}),  # as google's in21k has it
+        ({"size": {"height": 224, "width": 224}, "do_center_crop": False}, {}),
+        (
+            {"size": 256, "crop_size": 224, "do_center_crop": True},
+            {"image_size": 224, "crop": 0.875},
+        ),
+        (
+            {
+                "size": {"shortest_edge": 256},
+                "crop_size": {"height": 224, "width": 224},
+                "do_center_crop": True,
+            },
+            {"image_size": 224, "crop": 0.875},
+        ),
+    ],
+    ids=str,
+)
+def test_the_images_of_a_trunk_are_prepared_as_its_folder_says(said, found, tmp_path):
+    model = hf_vit()
+    model.save_pretrained(tmp_path)
+    assert vit.build("vit_mini", str(tmp_path), 3)[1] == {**vit.HALF, "image_size": 28}
+    said = said | {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    colours = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0]}
+    assert vit.preprocessing_in(tmp_path) == found | colours
+    expected = {**vit.HALF, **found, **colours, "image_size": 28}  # of the trunk
+    assert vit.build("vit_mini", str(tmp_path), 3)[1] == expected
+
+
 def test_timm_s_logits(tmp_path):
     model = timm_vit()
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
