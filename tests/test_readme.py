@@ -22,7 +22,7 @@ import predict
 import spectra
 import train
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text("utf-8")
 SHELL = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()
 ]
@@ -108,17 +108,18 @@ def test_the_command_of_tensorboard_shows_the_run(runs):
     # -m: the script of that name need not be on the path of whoever runs the tests
     command = [sys.executable, "-m", "tensorboard.main", *shlex.split(line)[1:], "--port", port]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    found = []
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    found, late = [], time.monotonic() + 300
     try:
-        while not found and server.poll() is None:
+        while not found and server.poll() is None and time.monotonic() < late:
             time.sleep(0.5)
             try:
-                with urllib.request.urlopen(f"http://localhost:{port}/data/runs") as answer:
-                    found = json.load(answer)
+                found = json.load(opener.open(f"http://localhost:{port}/data/runs", timeout=10))
             except OSError:
                 pass  # it does not listen yet
     finally:
         server.kill()
+        server.wait()
     assert found == ["x"]
 
 
@@ -144,7 +145,11 @@ def test_commands_of_torchrun(tmp_path):
             subprocess.Popen([*command, *small.split()], cwd=tmp_path, **pipes)
             for _ in range(machines)
         ]
-        ends = [process.communicate(timeout=300) for process in started]
+        try:
+            ends = [process.communicate(timeout=400) for process in started]
+        finally:
+            for process in started:
+                process.terminate()  # torchrun ends what it has started
         assert all(process.returncode == 0 for process in started), ends
         assert sum(said.count("Validation Accuracy: ") for said, _ in ends) == 1
     done = checkpoint.read_resume(tmp_path / "runs" / "mine" / "last.pt")
@@ -168,10 +173,16 @@ def test_python_snippets_run_one_after_another(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     toy_sdxl(tmp_path / "stabilityai" / "stable-diffusion-xl-base-1.0")
     names = {}
-    for snippet in PYTHON:
-        snippet = snippet.replace("rank=8)", "rank=8, limit=20, epochs=1)")
-        snippet = snippet.replace('weights="IMAGENET1K_V1"', "weights=None")
-        exec(snippet, names)
+    write_image(tmp_path / "photo.jpg", 0, 1)
+    code = "\n".join(PYTHON)
+    for old, new in (
+        ('adapter="lokr", rank=8)', 'adapter="lokr", rank=8, limit=20, epochs=1)'),
+        ('weights="IMAGENET1K_V1"', "weights=None"),
+    ):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    exec(code, names)
+    assert names["file"] == "photo.jpg" and not names["bad"]
     assert names["info"]["classes"][0] == "zero"
     assert (tmp_path / "style" / "text_encoder_one" / "adapter_config.json").is_file()
     assert type(names["unet"]).__name__ == "PeftModel"
