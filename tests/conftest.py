@@ -50,9 +50,10 @@ def start():
             process.wait()
 
 
-def wait_until(happened, alive):
-    """Wait for happened() to be true; fail if alive() is no longer, or nothing happens in LIMIT."""
+def wait_until(happened, alive=lambda: True, pause=0.1):
+    """Wait for happened() to be true. Fail if alive() is no longer, or it takes too long."""
     end = time.monotonic() + LIMIT
     while not happened():
-        assert alive() and time.monotonic() < end
-        time.sleep(0.01)
+        assert alive(), "it ended before"
+        assert time.monotonic() < end, f"not within {LIMIT} s"
+        time.sleep(pause)
