@@ -154,7 +154,10 @@ def spread(forward: nn.Module, device: torch.device) -> nn.Module:
     """The model on all that there is: torchrun's processes, or else the GPUs of this one."""
     if world() > 1:
         own = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(forward, device_ids=own)
+        # On the CPU, so that a resumed run adds in the same order: else DDP sorts the gradients anew after
+        # the first backward of a process.
+        again = device.type == "cpu"
+        return DistributedDataParallel(forward, device_ids=own, find_unused_parameters=again)
     return nn.DataParallel(forward) if many_gpus(device) else forward
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import LIMIT, ROOT
 from PIL import Image
 
 ROUTES = {
@@ -27,7 +27,7 @@ def test_a_bench_measures_all_that_it_names(name, tmp_path):
         "--out",
         str(out),
     ]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
     table = [line for line in out.read_text().splitlines() if re.match(r"\|.*\d", line)]
     figures = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import randomise
-from conftest import ROOT
+from conftest import LIMIT, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -62,7 +62,7 @@ def test_a_fresh_process_gives_the_same_logits(adapter, tmp_path):
     path = tmp_path / "adapter.safetensors"
     checkpoint.save_adapter(path, model, info)
     command = [sys.executable, "-c", LOAD, str(ROOT), str(path), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=LIMIT)
     logits, classes = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert torch.equal(logits, model(IMAGES).detach())
     assert classes == ["cat", "dög", "c, d"]

@@ -6,14 +6,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import LIMIT, ROOT, wait_until
 from PIL import Image
 from trees import pets
 
@@ -65,7 +64,7 @@ def read_rows(out):
 def read_tables(out):
     """The tables of comparison.md: the cells of each line, by the table's heading."""
     tables, heading = {}, ""
-    for line in (out / "comparison.md").read_text().splitlines():
+    for line in (out / "comparison.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("#"):
             heading = line.strip("# ")
         elif line.startswith("| "):
@@ -145,7 +144,7 @@ def test_the_table_follows_from_the_rows(whole):
         at_edge = float(lr.rstrip("\\*")) in (min(tried), max(tried))
         assert lr.endswith("\\*") == at_edge and (not at_edge or len(tried) == 5)
         edges += at_edge
-    text = (whole / "comparison.md").read_text()
+    text = (whole / "comparison.md").read_text(encoding="utf-8")
     assert ("at their edge" in text) == bool(edges)
     assert len(tables["Dropout of the adapters"]) == 6
     for name, _, dropout, val, test in tables["Dropout of the adapters"]:
@@ -159,6 +158,7 @@ def test_the_table_follows_from_the_rows(whole):
         assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
     """By ctrl-C in the third run, before it says anything: the first two are not trained again."""
     flags = ["--methods", "head", "--ranks", "2", "--seeds", "2", "--dropouts", ""]
@@ -169,8 +169,7 @@ def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
         started.append(log.stem)
         if len(started) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-            while not self.stopping:
-                time.sleep(0.01)
+            wait_until(lambda: self.stopping)
             return 143
         return launch(self, flags, log)
 
@@ -201,22 +200,21 @@ def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "comparison.csv").read_bytes() == before
 
 
-def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path):
-    """The command itself, with two runs at once, which would take minutes."""
-    flags = "--methods head,lora --ranks 2 --seeds 1 --jobs 2 --out out --limit 400 --epochs 500"
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path, start):
+    """The command itself, with two runs at once, which would take days."""
+    flags = "--methods head,lora --ranks 2 --seeds 1 --jobs 2 --out out --limit 400 --epochs 100000"
     command = [sys.executable, ROOT / "compare.py", *flags.split(), "--image-size", "14"]
     runs = [tmp_path / "out" / f"{name}-seed0" for name in ("head-lr0.04", "lora-rank2-lr0.002")]
     logs = [run.with_name(run.name + ".log") for run in runs]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    try:
-        end = time.monotonic() + 120
-        while not all(log.exists() and "epoch 2/500" in log.read_text() for log in logs):
-            assert process.poll() is None and time.monotonic() < end
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    process = start(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    wait_until(
+        lambda: all(log.exists() and "epoch 2/" in log.read_text() for log in logs),
+        lambda: process.poll() is None,
+    )
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
     assert re.fullmatch(r"compare.py: stopped by SIGINT; .*go on with the same command\n", said)
     for run, log in zip(runs, logs, strict=True):
@@ -288,7 +286,7 @@ def test_a_learning_rate_that_diverges_is_not_taken(tmp_path, monkeypatch):
     assert rows["0.0125"]["val_accuracy"] == "" and rows["0.0125"]["trial"] == "1"
     (final,) = [row for row in rows.values() if row["final"]]
     assert final["lr"] != "0.0125"
-    text = (tmp_path / "out" / "comparison.md").read_text()
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
     assert "LoRA | 2 | 0.0125 | diverged" in text
 
 
@@ -364,7 +362,9 @@ def test_without_a_test_split_validation_is_reported_and_the_table_says_so(tmp_p
     flags = "--methods head --seeds 1 --dataset folder --data-dir photos --epochs 1 --out out"
     assert compare.main([*flags.split(), "--image-size", "14", "--workers", "0"]) == 0
     assert {row["test_accuracy"] for row in read_rows(tmp_path / "out")} == {""}
-    assert "There is no test split" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "There is no test split" in (tmp_path / "out" / "comparison.md").read_text(
+        encoding="utf-8"
+    )
     (line,) = read_tables(tmp_path / "out")["Comparison"]
     assert line[6] == "" and "±" not in line[5] and float(line[5]) >= 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import LIMIT, ROOT
 from PIL import Image
 from trees import pets, tiny_imagenet, write_image
 
@@ -448,7 +448,7 @@ def test_a_disk_that_fills_while_images_are_kept(tmp_path):
     """The system itself refuses to write on, after 100,000 bytes."""
     small(tmp_path)
     command = [sys.executable, "-c", LIMITED, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
     assert "they are kept in memory" in process.stderr
     assert not list((tmp_path / "cache").iterdir()), "nothing half written is left"
@@ -473,11 +473,11 @@ print(int(split.pixels.sum(dtype="int64")))
 """
 
 
-def test_two_runs_may_keep_the_same_images_at_once(tmp_path):
+def test_two_runs_may_keep_the_same_images_at_once(tmp_path, start):
     split = small(tmp_path, images=100)
     command = [sys.executable, "-c", BUILD, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    sums = {run.communicate(timeout=120)[0].splitlines()[-1] for run in runs}
+    runs = [start(command) for _ in range(3)]
+    sums = {run.communicate(timeout=LIMIT)[0].splitlines()[-1] for run in runs}
     assert [run.returncode for run in runs] == [0, 0, 0]
     data.keep(split, tmp_path / "alone")
     assert sums == {str(int(split.pixels.sum(dtype="int64")))}

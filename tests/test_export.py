@@ -46,7 +46,7 @@ def rewrite(folder, tensors=lambda t: None, config=lambda c: None):
     content = load_file(folder / "adapter_model.safetensors")
     tensors(content)
     save_file(content, folder / "adapter_model.safetensors", {"format": "pt"})
-    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config(settings)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
@@ -423,7 +423,7 @@ def test_alpha_is_the_one_that_was_given(rank, alpha, tmp_path):
     replace_linear(model, lambda layer: LoRALinear(layer, rank=rank, alpha=alpha), head="")
     mark_trainable(model, head="")
     export.save_peft(model, tmp_path / "folder")
-    config = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "folder" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["lora_alpha"] == pytest.approx(alpha, abs=1e-15)
     assert config["lora_alpha"] / rank == model[0].scale
 

@@ -232,7 +232,7 @@ def test_shared_methods_are_the_same_text(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_file_pastes_alone(name):
-    source = (ROOT / f"{name}.py").read_text()
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
         for node in ast.walk(ast.parse(source))
@@ -245,7 +245,7 @@ def test_file_pastes_alone(name):
 
 @pytest.mark.parametrize("order", list(itertools.permutations(MODULES)))
 def test_files_paste_in_every_order(order):
-    use_pasted([(ROOT / f"{name}.py").read_text() for name in order], order)
+    use_pasted([(ROOT / f"{name}.py").read_text(encoding="utf-8") for name in order], order)
 
 
 def use_pasted(sources, names):

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import LIMIT, ROOT, wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 from trees import pets
@@ -271,52 +272,79 @@ def test_resume_needs_a_folder_and_overwrites_no_adapter(tmp_path, capsys):
     assert (tmp_path / "adapter.safetensors").read_bytes() == b"precious"
 
 
+def come_to(folder):
+    """How far the files of a run have come, in whatever state it left them: lines, then pictures."""
+    metrics = folder / "metrics.csv"
+    lines = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
+    return lines + len(list(folder.glob("*.png")))
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither SIGKILL nor a forkserver")
 def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch):
     """SIGKILL, which no process can catch, in steps, evaluations, writes and pictures: 20 times, or $KILLS.
 
     Each run is a process of its own. They are forked from one that has imported train, so that most of
-    the time goes into training, and most of the kills fall there.
+    the time goes into training, and most of the kills fall there: once a run has come so far as was drawn,
+    however fast the machine is, and then after up to 50 ms, or as soon as it is writing a file.
     """
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["train"])
 
-    def start(name):
-        flags = [*FLAGS, "--batch-size", "4", "--epochs", "6", "--save-minutes", "0"]  # 60 steps
+    @contextmanager
+    def started(name):
+        flags = [*FLAGS, "--batch-size", "4", "--epochs", "4", "--save-minutes", "0"]  # 40 steps
         flags += ["--resume", "--out", str(tmp_path / name)]
         process = processes.Process(target=train.main, args=(flags,))
         process.start()
-        return process
-
-    def whole(name):
-        process = start(name)
-        process.join(400)
-        assert process.exitcode == 0
-        return contents(tmp_path / name)
-
-    whole("warm-up")
-    began = time.monotonic()
-    unbroken = whole("unbroken")
-    seconds = time.monotonic() - began
-    rng, kills, runs, progress = random.Random(KILLS), 0, 0, set()
-    while kills < KILLS:
-        name = f"run-{runs}"
-        for _ in range(4):
-            process = start(name)
-            process.join(rng.uniform(0.1, 0.5) * seconds)
+        try:
+            yield process
+        finally:
             process.kill()
             process.join()
-            if process.exitcode == 0:  # it was quicker
+
+    def whole(name):
+        with started(name) as process:
+            process.join(LIMIT)
+            assert process.exitcode == 0
+        return contents(tmp_path / name)
+
+    def killed(folder, mark, delay, stale):
+        """Kill a run that has come to a mark, so many seconds later or, None, while it writes; False if
+        the run was quicker. stale: what earlier kills have left half written."""
+        with started(folder.name) as process:
+            wait_until(lambda: come_to(folder) >= mark or process.exitcode is not None, pause=0.001)
+            if delay is None:
+                wait_until(lambda: halves(folder) - stale or process.exitcode is not None, pause=0)
+            else:
+                time.sleep(delay)
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+    def halves(folder):
+        return {*folder.glob(".*.tmp")}
+
+    unbroken = whole("unbroken")
+    marks = come_to(tmp_path / "unbroken")
+    assert marks == 1 + 40 + 4 + 3  # a heading, steps, evaluations; pictures
+    rng, kills, torn, progress = random.Random(KILLS), 0, 0, set()
+    for i in range(2 * KILLS):
+        folder = tmp_path / f"run-{i}"
+        for mark in sorted(rng.sample(range(marks), 4)):
+            stale = halves(folder)
+            if not killed(folder, mark, rng.choice([None, rng.uniform(0, 0.05)]), stale):
                 break
-            assert process.exitcode == -signal.SIGKILL
             kills += 1
-            last = tmp_path / name / "last.pt"
+            torn += bool(halves(folder) - stale)
+            last = folder / "last.pt"
             progress.add(checkpoint.read_resume(last)["done"] if last.exists() else None)
-        assert_same(unbroken, whole(name), name)
-        assert_clean(tmp_path / name)
-        runs += 1
-    assert len(progress) > KILLS / 5, f"kills at different steps: {progress}"
+        assert_same(unbroken, whole(folder.name), folder.name)
+        assert_clean(folder)
+        if kills >= KILLS:
+            break
+    print(f"{kills} kills, {torn} of them within a write; last.pt stood at {progress}")
+    assert kills >= KILLS and len(progress) > KILLS / 5, f"kills at different steps: {progress}"
 
 
 def test_stale_temporaries_go_when_a_run_goes_on(tmp_path, stop_after):
@@ -337,20 +365,17 @@ def test_stale_temporaries_go_when_a_run_goes_on(tmp_path, stop_after):
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
 )
 def test_a_signal_to_the_process_ends_it_with_its_status_and_one_line(
-    number, status, tmp_path, run_script
+    number, status, tmp_path, run_script, start
 ):
-    command = [sys.executable, str(ROOT / "train.py"), *FLAGS, "--epochs", "400", "--out", "run"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            break
-    twice = run_script("train.py", *FLAGS, "--epochs", "400", "--out", "run", "--resume")
+    flags = [*FLAGS, "--epochs", "100000", "--out", "run"]  # to outlast the other's start
+    command = [sys.executable, ROOT / "train.py", *flags]
+    process = start(command, cwd=tmp_path, stdout=subprocess.DEVNULL)  # a pipe would fill
+    wait_until((tmp_path / "run" / "last.pt").exists, lambda: process.poll() is None)
+    twice = run_script("train.py", *flags, "--resume")
     assert twice.returncode == 2
     assert twice.stderr == "train.py: --out run: another process trains there; wait for its end\n"
     process.send_signal(number)
-    _, error = process.communicate(timeout=200)
+    _, error = process.communicate(timeout=LIMIT)
     assert process.returncode == status
     assert error.startswith(f"train.py: stopped by {number.name} after step ")
     assert error.endswith("go on with the same command and --out run --resume\n")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import LIMIT, ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -36,7 +36,7 @@ def default_run(tmp_path_factory):
     """The README's command in an empty folder, with nothing given."""
     folder = tmp_path_factory.mktemp("default")
     command = [sys.executable, str(ROOT / "train.py")]
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
     (run_dir,) = (folder / "runs").iterdir()
     return process, run_dir
