@@ -153,12 +153,22 @@ def meet_at(step: int, device: torch.device) -> None:
 def spread(forward: nn.Module, device: torch.device) -> nn.Module:
     """The model on all that there is: torchrun's processes, or else the GPUs of this one."""
     if world() > 1:
-        own = [device] if device.type == "cuda" else None
-        # On the CPU, so that a resumed run adds in the same order: else DDP sorts the gradients anew after
-        # the first backward of a process.
-        again = device.type == "cpu"
-        return DistributedDataParallel(forward, device_ids=own, find_unused_parameters=again)
+        if device.type == "cuda":
+            return DistributedDataParallel(forward, device_ids=[device])
+        parallel = DistributedDataParallel(forward)
+        parallel.register_comm_hook(None, mean_in_order)
+        return parallel
     return nn.DataParallel(forward) if many_gpus(device) else forward
+
+
+def mean_in_order(_, bucket) -> torch.futures.Future[torch.Tensor]:
+    """The mean of the processes' gradients in a bucket of DDP's, added in the order of their ranks. DDP's own
+    order depends on where a gradient lies in its bucket, which another start of the processes changes."""
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(world())]
+    dist.all_gather(parts, bucket.buffer())
+    future = torch.futures.Future()
+    future.set_result(sum(parts) / world())
+    return future
 
 
 def many_gpus(device: torch.device) -> bool:
