@@ -168,6 +168,8 @@ MIT License, © 2017 Zalando SE.
 Now: what is attached?
 """),
         code("""
+import tempfile
+
 import checkpoint
 import predict
 import sources
@@ -198,10 +200,11 @@ else:
     if "dataset" not in SETTINGS:
         settings |= {"dataset": "folder", "data_dir": "digits"}
 settings |= SETTINGS
-settings.setdefault("cache_dir", "/tmp/cache")  # decoded images, which a later session makes anew
 file = "vit_b_16-c867db91.pth"
 if train.Config(**settings).weights == "imagenet1k" and (folder := attached(file)):
     settings["weights"] = str(folder / file)
+# Decoded images are no part of the notebook's output: a later session makes them anew.
+settings.setdefault("cache_dir", f"{tempfile.gettempdir()}/cache")
 config = train.Config(**settings)
 print(settings)
 """),

@@ -193,4 +193,5 @@ def test_kaggle_takes_what_is_attached_or_set(case, execute, tmp_path):
         expected["data_dir"] = str(pets(tmp_path / "pets"))
         change["SETTINGS = {}"] = f"SETTINGS = {expected}"
     _, cells = execute("kaggle", up_to=CHOICE, change=change)
+    expected["cache_dir"] = str(tmp_path / "TMPDIR" / "cache")
     assert said(cells[-1:]).splitlines()[-1] == str(expected)
