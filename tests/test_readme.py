@@ -194,5 +194,7 @@ def test_every_file_and_link_that_readme_names_is_there():
     named = set(re.findall(r"`([a-z_]+\.py)`", README))
     named |= {link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")}
     assert len(named) > 8
-    for path in named:
+    headings = [line.strip("# ").lower() for line in README.splitlines() if line.startswith("#")]
+    places = {f"#{heading.replace(' ', '-')}" for heading in headings}
+    for path in named - places:
         assert (ROOT / path).exists(), path
