@@ -37,7 +37,7 @@ import data
 import pictures
 import report
 import vit
-from config import Config, Parser, check, check_rank, check_sizes, parse, refuse_changes
+from config import Config, Parser, check, check_rank, check_sizes, flag, parse, refuse_changes
 from record import Stopped
 
 HERE = Path(__file__).parent
@@ -281,7 +281,7 @@ def read(argv: list[str]) -> tuple:
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
     options, passed = parser.parse_known_args(argv)
     for name in OWN:
-        name = "--" + name.replace("_", "-")
+        name = flag(name)
         if any(re.match("--.", word) and name.startswith(word.split("=")[0]) for word in passed):
             raise ValueError(f"{name}: compare.py sets it itself, run by run; see --help")
     for name in ("seeds", "jobs"):

@@ -10,13 +10,14 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 
 import checkpoint
 import data
@@ -30,15 +31,26 @@ COLUMNS = """run method rank dropout lr seed trial final val_accuracy val_loss b
 
 
 def kept(config: Config, classes: int) -> int | None:
-    """Bytes that autograd keeps for the backward of one batch, parameters left out: the storages of all the
-    tensors that it saves. None if the memory does not suffice."""
+    """Bytes that autograd keeps for the backward of one batch: see saved_bytes. None if the memory does not
+    suffice."""
     c, device = config, pick_device(config.device)
     model, preprocessing = vit.build(c.model, c.weights, classes, c.image_size, c.head_dropout)
     arguments = {key: getattr(c, key) for key in checkpoint.ADAPT}
-    checkpoint.adapt(
-        model, dropout=c.adapter_dropout, **arguments
-    )  # no adapter sits this batch out
+    # without module_dropout: no adapter sits this batch out
+    checkpoint.adapt(model, dropout=c.adapter_dropout, **arguments)
     model = Autocast(model.to(device).train(), device, pick_dtype(c.amp, device))
+    images = torch.randn(c.batch_size, 3, *[preprocessing["image_size"]] * 2, device=device)
+    labels = torch.zeros(c.batch_size, dtype=torch.int64, device=device)
+    try:
+        return saved_bytes(model, lambda: F.cross_entropy(model(images).float(), labels))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return None
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the storages that autograd saves in a forward, those of the model's parameters left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
 
@@ -48,16 +60,9 @@ def kept(config: Config, classes: int) -> int | None:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.randn(c.batch_size, 3, *[preprocessing["image_size"]] * 2, device=device)
-    labels = torch.zeros(c.batch_size, dtype=torch.int64, device=device)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = F.cross_entropy(model(images).float(), labels)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        return None
-    del loss  # until here no storage could take another's place
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = forward()
+    del y  # until here no storage could take another's place
     return sum(storages.values())
 
 

@@ -42,6 +42,7 @@ import vit  # noqa: E402
 from loha import LoHaLinear  # noqa: E402
 from lokr import LoKrLinear  # noqa: E402
 from lora import LoRALinear, mark_trainable, replace_linear  # noqa: E402
+from report import saved_bytes  # noqa: E402
 
 EVERY = ["query", "key", "value", "out", "mlp.0", "mlp.3"]
 OURS = {"LoRA": LoRALinear, "LoHa": LoHaLinear, "LoKr": LoKrLinear}
@@ -127,19 +128,7 @@ def step(model: nn.Module, x: torch.Tensor, options) -> float:
 
 def kept(model: nn.Module, x: torch.Tensor, options) -> int:
     """Bytes that autograd keeps for backward, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = forward(model, x.detach().requires_grad_(), options)
-    del y
-    return sum(storages.values())
+    return saved_bytes(model, lambda: forward(model, x.detach().requires_grad_(), options))
 
 
 def peak(model: nn.Module, x: torch.Tensor, options) -> int:
