@@ -39,10 +39,6 @@ from sources import SOURCES, Dataset, Split, even_rows, load
 
 __all__ = ["SOURCES", "Dataset", "Split", "batches", "even_rows", "keep", "load", "progress"]
 
-# Linux: large tensors in large pages. Without it, half of the time that a CPU takes for a fresh batch goes
-# into asking the system for its memory. torch looks when it allocates for the first time.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 SMALL = 96  # pixels: up to this side a data set is decoded once and kept
 ORIENTATION = 0x0112  # the EXIF tag
 

@@ -31,6 +31,7 @@ from devices import (
     Autocast,
     in_turn,
     join,
+    keep_freed_memory,
     out_of_memory,
     pick_device,
     pick_dtype,
@@ -69,6 +70,8 @@ def prepare(config: Config) -> Run:
     check(config)
     device = pick_device(join(config.device))
     dtype = pick_dtype(config.amp, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     checkpoint.seed_generators(config.seed)
     c = config
     cache_dir = c.cache_dir or (Path(c.out).parent if c.out else Path("runs")) / "cache"

@@ -4,7 +4,8 @@
 
 The usual pipeline is torchvision's ImageFolder with RandomResizedCrop, RandomHorizontalFlip, ToTensor and
 Normalize in a DataLoader with as many workers. Both give float32 batches of 64, augmented and normalised,
-on the device. Rounds alternate, and each figure is the median of its rounds.
+on the device. Rounds alternate, and each figure is the median of its rounds. Memory is kept as train.py
+keeps it (devices.keep_freed_memory), for both.
 """
 
 import argparse
@@ -29,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
+from devices import keep_freed_memory  # noqa: E402
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop": 224 / 256}
 BATCH = 64
@@ -124,6 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "data.md")
     options = parser.parse_args()
+    keep_freed_memory()
     many, few = options.images, options.images // 8
     rows = [
         ("64 px JPEG, for 224 px", many, (64, 64), 224, False),

@@ -10,6 +10,7 @@ weights: the same matrices for all. A step is a forward and a backward to the in
 trains. The floor is that step with nothing adapted. Rounds alternate between all of them; a figure is
 the median over rounds of the step's time over the floor's of the same round. "kept" is what autograd
 keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
+Freed memory stays with the process, for all of them, as in train.py (devices.keep_freed_memory).
 """
 
 import argparse
@@ -39,6 +40,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import vit  # noqa: E402
+from devices import keep_freed_memory  # noqa: E402
 from loha import LoHaLinear  # noqa: E402
 from lokr import LoKrLinear  # noqa: E402
 from lora import LoRALinear, mark_trainable, replace_linear  # noqa: E402
@@ -241,6 +243,7 @@ def main() -> None:
         options.amp
     ]
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     results, lines = {}, ["# What a training step costs over the frozen trunk's", ""]
     for targets, batch, rank in itertools.product(options.targets, options.batches, options.ranks):
         names = EVERY if targets == "all" else targets.split(",")
