@@ -154,7 +154,7 @@ class LoHaProduct(torch.autograd.Function):
     def forward(x, W, bias, W1a, W1b, W2a, W2b):
         if loha_forms(x, W, W1b)[0] == "thin":
             A, B = khatri_rao(W1b, W2b, x.dtype), khatri_rao(W1a.T, W2a.T, x.dtype)
-            return F.linear(x, W, bias).addmm_((A @ x.T).T, B)
+            return F.linear(x, W, bias).addmm_(F.linear(x, A), B)
         delta = (W1a @ W1b).mul_(W2a @ W2b).to(x.dtype)
         if is_half(x):
             return F.linear(x, W, bias).addmm_(x, delta.T)
@@ -177,29 +177,26 @@ class LoHaProduct(torch.autograd.Function):
 def loha_backward(g, x, W, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
     """The gradient of x, None unless of_x, and those of the four factors, from g (N, out)."""
     form, gradients_form = loha_forms(x, W, W1b)
-    gx = None
-    if "thin" in (form, gradients_form):
+    forms = {form, gradients_form} if of_x else {gradients_form}
+    if "thin" in forms:
         A, B = khatri_rao(W1b, W2b, x.dtype), khatri_rao(W1a.T, W2a.T, x.dtype)
-        v = B @ g.T  # (rank^2, N)
+        v = F.linear(g, B)  # (N, rank^2)
+    if "whole" in forms:
+        D1, D2 = W1a @ W1b, W2a @ W2b  # delta W = D1 * D2
+    gx = None
     if of_x and form == "thin":
-        gx = (g @ W).addmm_(v.T, A)
+        gx = (g @ W).addmm_(v, A)
     elif of_x:
-        delta = (W1a @ W1b).mul_(W2a @ W2b).to(x.dtype)
+        delta = (D1 * D2).to(x.dtype)
         gx = (g @ W).addmm_(g, delta) if is_half(x) else g @ delta.add_(W)
     if gradients_form == "thin":
-        gW1b, gW2b = khatri_rao_backward(v @ x, W1b, W2b)
-        gW1a, gW2a = khatri_rao_backward((A @ x.T) @ g, W1a.T, W2a.T)
+        gW1b, gW2b = khatri_rao_backward(factor_gradient(v, x), W1b, W2b)
+        gW1a, gW2a = khatri_rao_backward(factor_gradient(F.linear(x, A), g), W1a.T, W2a.T)
         return gx, (gW1a.T, gW1b, gW2a.T, gW2b)
     G = (g.T @ x).to(W1a.dtype)  # the gradient of delta W
-    gW1a, gW1b = hadamard_backward(G, W1a, W1b, W2a, W2b)
-    gW2a, gW2b = hadamard_backward(G, W2a, W2b, W1a, W1b)
-    return gx, (gW1a, gW1b, gW2a, gW2b)
-
-
-def hadamard_backward(G, W1a, W1b, W2a, W2b) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of W1a and W1b from G, that of (W1a W1b) * (W2a W2b)."""
-    G = G * (W2a @ W2b)
-    return (W1b @ G.T).T, W1a.T @ G
+    G1, G2 = G * D2, G * D1  # those of D1 and D2
+    gW1a, gW2a = F.linear(G1, W1b), F.linear(G2, W2b)
+    return gx, (gW1a, factor_gradient(W1a, G1), gW2a, factor_gradient(W2a, G2))
 
 
 def khatri_rao(first, second, dtype) -> torch.Tensor:
@@ -228,13 +225,11 @@ def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int 
     again for x's gradient; (whole, thin) of the factors' gradients).
 
     half: whether x is in half precision. touch: what one number read or written counts for, 0 to leave
-    memory out.
+    memory out. What two parts in one form can share is counted in both.
     """
-    whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # two factors each, a product, a sum
+    whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # D1, D2, their product, a sum
     thin = N * (n_out + n_in) * (rank**2 + touch)
-    whole_gradients = (
-        n_out * n_in * (N + 6 * rank + 8 * touch)
-    )  # g^T x, then hadamard_backward twice
+    whole_gradients = n_out * n_in * (N + 6 * rank + 8 * touch)  # G, D1, D2, G1, G2, the factors'
     return (whole, thin), (whole_gradients, 2 * thin)
 
 
@@ -267,6 +262,12 @@ def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.
     with torch.autocast(device, enabled=False):
         y = product(rows, W, bias, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
+    # Matrix libraries (BLAS) are faster with 16 columns or more on the right, and with fewer on the left.
+    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
 
 
 def replace_linear(

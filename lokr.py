@@ -186,11 +186,13 @@ class LoKrProduct(torch.autograd.Function):
         if lokr_form(x, W, W1, W2b) == "built":
             return F.linear(x, kron(W1, W2a, W2b).to(x.dtype).add_(W), bias)
         W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
-        q = (W2b @ x.reshape(-1, W2b.shape[1]).T).reshape(-1, W1.shape[1])  # (rank N, in_m)
-        u = (q @ W1.T).reshape(len(W2b), -1)  # (rank, N out_l)
+        N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
+        q = swap(F.linear(x.reshape(N, in_m, in_n), W2b))  # (in_m, N, rank)
+        u = (W1 @ q.reshape(in_m, N * rank)).reshape(out_l, N, rank)
+        u = swap(u).reshape(N * out_l, rank)
         y = F.linear(x, W, bias)
-        blocks = y.reshape(-1, y.shape[1] // len(W1))  # (N out_l, out_k)
-        blocks = blocks.add_(u.T) if W2a is None else blocks.addmm_(u.T, W2a.T)
+        blocks = y.reshape(N * out_l, y.shape[1] // out_l)
+        blocks = blocks.add_(u) if W2a is None else blocks.addmm_(u, W2a.T)
         return blocks.reshape(y.shape)
 
     @staticmethod
@@ -210,25 +212,32 @@ class LoKrProduct(torch.autograd.Function):
 def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
     """The gradient of x, None unless of_x, and those of the three factors, from g (N, out).
 
-    The rank stands in front, as (rank, N, ...): then every step is one product of two flat matrices.
+    Where W1 is applied, the number of the block stands in front of N: then that is one product too.
     """
     gx = None
     if built := lokr_form(x, W, W1, W2b) == "built":
         gx = g @ kron(W1, W2a, W2b).to(x.dtype).add_(W) if of_x else None
     W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
-    (out_l, in_m), (rank, in_n) = W1.shape, W2b.shape
-    X = x.reshape(-1, in_n)  # (N in_m, in_n)
-    G = g.reshape(-1, g.shape[1] // out_l)  # (N out_l, out_k)
-    # p = G W2a and q = X W2b^T, with the rank in front
-    p = (G.T if W2a is None else W2a.T @ G.T).reshape(-1, out_l)  # (rank N, out_l)
-    q = (W2b @ X.T).reshape(-1, in_m)  # (rank N, in_m)
-    gW1 = p.T @ q
-    gW2a = None if W2a is None else ((q @ W1.T).reshape(rank, -1) @ G).T
-    del q  # t can have its memory
-    t = (p @ W1).reshape(rank, -1)  # (rank, N in_m)
+    N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
+    out_k = g.shape[1] // out_l
+    X, G = x.reshape(N * in_m, in_n), g.reshape(N * out_l, out_k)
+    p = G if W2a is None else F.linear(G, W2a.T.contiguous())  # (N out_l, rank)
+    p = swap(p.reshape(N, out_l, rank)).reshape(out_l, N * rank)
+    q = swap(F.linear(X, W2b).reshape(N, in_m, rank)).reshape(in_m, N * rank)
+    gW1 = p @ q.T
+    gW2a = None
+    if W2a is not None:
+        u = swap((W1 @ q).reshape(out_l, N, rank)).reshape(N * out_l, rank)
+        gW2a = factor_gradient(u, G).T
+    t = swap((W1.T @ p).reshape(in_m, N, rank)).reshape(N * in_m, rank)
     if of_x and not built:
-        gx = (g @ W).reshape(X.shape).addmm_(t.T, W2b).reshape(x.shape)
-    return gx, (gW1, gW2a, t @ X)
+        gx = (g @ W).reshape(N * in_m, in_n).addmm_(t, W2b).reshape(x.shape)
+    return gx, (gW1, gW2a, factor_gradient(t, X))
+
+
+def swap(blocks: torch.Tensor) -> torch.Tensor:
+    """(N, blocks, n) -> (blocks, N, n) and back, in memory too."""
+    return blocks.transpose(0, 1).contiguous()
 
 
 def kron(W1, W2a, W2b) -> torch.Tensor:
@@ -281,6 +290,12 @@ def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.
     with torch.autocast(device, enabled=False):
         y = product(rows, W, bias, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
+    # Matrix libraries (BLAS) are faster with 16 columns or more on the right, and with fewer on the left.
+    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
 
 
 def replace_linear(

@@ -131,8 +131,7 @@ class LoRALinear(nn.Module):
 class LoRAProduct(torch.autograd.Function):
     """x W^T + b + x A^T B^T for rows x (N, in), with a backward of its own, which keeps x and x A^T.
 
-    The two parts of y, and of x's gradient, are added in place. Matrix libraries (BLAS) are faster with the
-    thin matrix on the left, so x A^T and its gradient stand transposed: (rank, N).
+    The two parts of y, and of x's gradient, are added in place.
     """
 
     generate_vmap_rule = True  # for torch.func.vmap: a gradient for each sample
@@ -140,8 +139,8 @@ class LoRAProduct(torch.autograd.Function):
     @staticmethod
     def forward(x, W, bias, A, B):
         y = F.linear(x, W, bias)
-        z = A.to(x.dtype) @ x.T  # (rank, N)
-        return y.addmm_(z.T, B.to(x.dtype).T), z
+        z = F.linear(x, A.to(x.dtype))  # (N, rank)
+        return y.addmm_(z, B.to(x.dtype).T), z
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -153,10 +152,11 @@ class LoRAProduct(torch.autograd.Function):
         x, W, A, B, z = ctx.saved_tensors
         of_x, of_W, of_bias = ctx.needs_input_grad[:3]
         with torch.autocast(gy.device.type, enabled=False):
-            gz = (B.to(x.dtype).T @ gy.T).add_(gz)  # (rank, N)
-            gx = (gy @ W).addmm_(gz.T, A.to(x.dtype)) if of_x else None
+            gz = F.linear(gy, B.to(x.dtype).T.contiguous()).add_(gz)  # (N, rank)
+            gx = (gy @ W).addmm_(gz, A.to(x.dtype)) if of_x else None
             gW = gy.T @ x if of_W else None
-            return gx, gW, gy.sum(0) if of_bias else None, gz @ x, (z @ gy).T
+            gbias = gy.sum(0) if of_bias else None
+            return gx, gW, gbias, factor_gradient(gz, x), factor_gradient(z, gy).T
 
 
 # The functions below stand word for word in lora.py, loha.py and lokr.py, so that each file pastes alone.
@@ -182,6 +182,12 @@ def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.
     with torch.autocast(device, enabled=False):
         y = product(rows, W, bias, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
+    # Matrix libraries (BLAS) are faster with 16 columns or more on the right, and with fewer on the left.
+    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
 
 
 def replace_linear(

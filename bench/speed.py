@@ -7,8 +7,8 @@
 
 The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (vit.split_attention), random
 weights: the same matrices for all. A step is a forward and a backward to the input and to whatever
-trains. The floor is that step with nothing adapted. Rounds alternate between all of them; a figure is
-the median over rounds of the step's time over the floor's of the same round. "kept" is what autograd
+trains. The floor is that step with nothing adapted. A round is a step of each, in an order of its own; a
+figure is the median over rounds of the step's time over the floor's of the same round. "kept" is what autograd
 keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
 Freed memory stays with the process, for all of them, as in train.py (devices.keep_freed_memory).
 """
@@ -18,6 +18,7 @@ import gc
 import itertools
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -148,10 +149,12 @@ def measure(rank: int, targets: list[str], batch: int, options) -> dict[str, dic
     models = contenders(rank, targets, options)
     x = torch.randn(batch, 197, 768, device=options.device)
     times = {name: [] for name in models}
-    for turn in range(-1, options.rounds):
-        for name, model in models.items():
-            took = step(model, x, options)
-            if turn >= 0:  # the first warms up
+    order, rng = list(models), random.Random(0)
+    for turn in range(-2, options.rounds):
+        rng.shuffle(order)  # what ran before a step leaves its traces in caches and memory
+        for name in order:
+            took = step(models[name], x, options)
+            if turn >= 0:  # the first two warm up
                 times[name].append(took)
     memory = {name: kept(model, x, options) for name, model in models.items()}
     if options.device.type == "cuda":
@@ -235,7 +238,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["all"], help="all, or names with commas")
     parser.add_argument("--batches", type=int, nargs="+", default=[8])
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "speed")
     options = parser.parse_args()

@@ -201,9 +201,10 @@ def test_loha_costs_are_the_products_that_are_done(form, gradients_form, dtype, 
     through, of_factors = loha.loha_costs(N, OUT, IN, rank, half, touch=0)
     through = dict(zip(["whole", "thin"], through, strict=True))[form]
     of_factors = dict(zip(["whole", "thin"], of_factors, strict=True))[gradients_form]
-    both_thin = N * OUT * rank**2 if form == gradients_form == "thin" else 0  # g passes B once
+    shared = {"thin": N * OUT * rank**2, "whole": OUT * IN * 2 * rank}  # g through B; D1 and D2
+    once = shared[form] if form == gradients_form else 0
     assert forward - N * IN * OUT == through
-    assert backward - N * IN * OUT == through + of_factors - both_thin
+    assert backward - N * IN * OUT == through + of_factors - once
 
 
 @pytest.mark.parametrize("form", ["lokr", "lokr-factor"])
