@@ -5,9 +5,9 @@
 
 Both train the same adapter in every linear layer of a ViT-B/16 with random weights, on the same
 generated JPEGs, in batches of the same size, for as many steps, with AdamW. Each reads images in its
-usual way: train.py decodes them once and crops on the device, the Trainer takes torchvision's
-ImageFolder with RandomResizedCrop, flip and Normalize, with as many workers. Evaluation, loading and
-saving are left out of both. Rounds alternate; a figure is the median of its rounds.
+usual way, with as many workers: train.py decodes at the scale that a crop needs, the Trainer takes
+torchvision's ImageFolder with RandomResizedCrop, flip and Normalize. Evaluation, loading and saving are
+left out of both. Rounds alternate; a figure is the median of its rounds.
 """
 
 import argparse

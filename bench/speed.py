@@ -8,8 +8,8 @@
 The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (vit.split_attention), random
 weights: the same matrices for all. A step is a forward and a backward to the input and to whatever
 trains. The floor is that step with nothing adapted. A round is a step of each, in an order of its own; a
-figure is the median over rounds of the step's time over the floor's of the same round. "kept" is what autograd
-keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
+figure is the median over rounds of the step's time over the floor's of the same round. "kept" is what
+autograd keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
 Freed memory stays with the process, for all of them, as in train.py (devices.keep_freed_memory).
 """
 
