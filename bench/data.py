@@ -4,8 +4,8 @@
 
 The usual pipeline is torchvision's ImageFolder with RandomResizedCrop, RandomHorizontalFlip, ToTensor and
 Normalize in a DataLoader with as many workers. Both give float32 batches of 64, augmented and normalised,
-on the device. Rounds alternate, and each figure is the median of its rounds. Memory is kept as train.py
-keeps it (devices.keep_freed_memory), for both.
+on the device. Rounds alternate, and each figure is the median of its rounds. On a CPU, freed
+memory stays with the process as in train.py (devices.keep_freed_memory), for both.
 """
 
 import argparse
@@ -126,7 +126,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "data.md")
     options = parser.parse_args()
-    keep_freed_memory()
+    if options.device.type == "cpu":
+        keep_freed_memory()
     many, few = options.images, options.images // 8
     rows = [
         ("64 px JPEG, for 224 px", many, (64, 64), 224, False),

@@ -10,7 +10,7 @@ weights: the same matrices for all. A step is a forward and a backward to the in
 trains. The floor is that step with nothing adapted. A round is a step of each, in an order of its own; a
 figure is the median over rounds of the step's time over the floor's of the same round. "kept" is what
 autograd keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
-Freed memory stays with the process, for all of them, as in train.py (devices.keep_freed_memory).
+On a CPU, freed memory stays with the process as in train.py (devices.keep_freed_memory), for all.
 """
 
 import argparse
@@ -246,7 +246,8 @@ def main() -> None:
         options.amp
     ]
     torch.set_num_threads(options.threads)
-    keep_freed_memory()
+    if options.device.type == "cpu":
+        keep_freed_memory()
     results, lines = {}, ["# What a training step costs over the frozen trunk's", ""]
     for targets, batch, rank in itertools.product(options.targets, options.batches, options.ranks):
         names = EVERY if targets == "all" else targets.split(",")

@@ -207,7 +207,7 @@ def test_kaggle_s_p100_is_named_before_the_first_step(monkeypatch):
 )
 def test_freed_memory_serves_the_next_step():
     script = """if True:
-        import resource, torch, devices
+        import ctypes, resource, torch, devices
         devices.keep_freed_memory()
         model = torch.nn.Sequential(*[torch.nn.GELU() for _ in range(4)])
         def faults(steps):
@@ -218,5 +218,13 @@ def test_freed_memory_serves_the_next_step():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         faults(10)  # it settles
         assert faults(10) < 5 * 9408, "without, ten steps are a hundred such tensors"
+
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+        blocks = [libc.malloc(ctypes.c_size_t(300 << 20)) for _ in range(9)]  # nothing is written to them
+        end = libc.sbrk(0)
+        for block in blocks:
+            libc.free(ctypes.c_void_p(block))
+        assert libc.sbrk(0) == end, "the heap has shrunk"
     """
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
