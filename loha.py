@@ -232,9 +232,8 @@ def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int 
     """
     whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # D1, D2, their product, a sum
     thin = N * (n_out + n_in) * (rank**2 + touch)
-    whole_gradients = (
-        n_out * n_in * (N + 6 * rank + 8 * touch)
-    )  # G, D1, D2, their gradients, the factors'
+    # G, D1, D2, the gradients of those, and the factors'
+    whole_gradients = n_out * n_in * (N + 6 * rank + 8 * touch)
     return (whole, thin), (whole_gradients, 2 * thin)
 
 
