@@ -80,15 +80,18 @@ class Autocast(nn.Module):
             return self.model(images)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(device: torch.device) -> None:
     """Linux: memory that a tensor on the CPU has freed stays with the process, for the next one.
+
+    For another device than the CPU nothing changes: there torch keeps the memory itself.
 
     glibc's malloc takes more than 32 MB from the system each time and gives it back at once, so that a batch
     of images or of activations always comes in fresh pages, which the system clears one by one. With this,
     the process, and those that it forks, hold on to the most that they ever had, until they end.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:  # musl has none
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
         mallopt(M_MMAP_MAX, 0)  # however large, it comes from the heap
         mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
 

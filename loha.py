@@ -80,10 +80,11 @@ class LoHaLinear(nn.Module):
         for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
-    def factors(self, keep=1.0) -> tuple[torch.Tensor, ...]:
+    def factors(self, keep=None) -> tuple[torch.Tensor, ...]:
         """W1a (out, rank), W1b (rank, in), s W2a and W2b alike: the one place where the scale enters.
-        keep: 0 for no update."""
-        return self.hada_w1_a, self.hada_w1_b, keep * (self.scale * self.hada_w2_a), self.hada_w2_b
+        keep: a scalar tensor, 0 for no update, 1 or None for all of it."""
+        W2a = self.scale * self.hada_w2_a
+        return self.hada_w1_a, self.hada_w1_b, W2a if keep is None else keep * W2a, self.hada_w2_b
 
     def delta_weight(self) -> torch.Tensor:
         """delta W = s (W1a W1b) * (W2a W2b), shape (out_features, in_features)."""
@@ -99,7 +100,7 @@ class LoHaLinear(nn.Module):
         return LoHaProduct.apply(x, W, bias, W1a, W1b, W2a, W2b)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keep = 1.0
+        keep = None
         if self.training and self.module_dropout > 0:
             # Times 0 or 1, not skipped: DistributedDataParallel wants a gradient of every parameter.
             keep = torch.rand((), device=x.device) >= self.module_dropout

@@ -107,31 +107,32 @@ class LoKrLinear(nn.Module):
             self.lokr_w2 = nn.Parameter(torch.empty(out_k, in_n, **new))
             nn.init.kaiming_uniform_(self.lokr_w2, a=math.sqrt(5))
 
-    def factors(self, keep=1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """s W1 (out_l, in_m) and W2 (out_k, in_n): the one place where the scale enters.
-        keep: 0 for no update."""
+    def factors(self, keep=None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """s W1 (out_l, in_m), W2a (out_k, rank) and W2b (rank, in_n): the one place where the scale enters.
+        A whole W2 is W2b, and W2a is None. keep: a scalar tensor, 0 for no update, 1 or None for all of it.
+        """
         W1 = self.lokr_w1 if hasattr(self, "lokr_w1") else self.lokr_w1_a @ self.lokr_w1_b
-        W2 = self.lokr_w2 if hasattr(self, "lokr_w2") else self.lokr_w2_a @ self.lokr_w2_b
-        return keep * (self.scale * W1), W2
+        whole = hasattr(self, "lokr_w2")
+        W2a, W2b = (None, self.lokr_w2) if whole else (self.lokr_w2_a, self.lokr_w2_b)
+        W1 = self.scale * W1
+        return W1 if keep is None else keep * W1, W2a, W2b
 
     def delta_weight(self) -> torch.Tensor:
         """delta W = s kron(W1, W2), shape (out_features, in_features)."""
-        W1, W2 = self.factors()
-        return torch.kron(W1, W2)
+        return kron(*self.factors())
 
-    def delta(self, x: torch.Tensor, W1: torch.Tensor, W2: torch.Tensor) -> torch.Tensor:
+    def delta(self, x: torch.Tensor, W1, W2a, W2b) -> torch.Tensor:
         """x @ delta_weight().T without building delta_weight: (..., in) -> (..., out)."""
-        W1, W2 = W1.to(x.dtype), W2.to(x.dtype)
+        W1, W2 = W1.to(x.dtype), (W2b if W2a is None else W2a @ W2b).to(x.dtype)
         X = x.unflatten(-1, (W1.shape[1], W2.shape[1]))  # (..., in_m, in_n)
         return (W1 @ (X @ W2.T)).flatten(-2)  # (..., out_l, out_k) -> (..., out)
 
-    def product(self, x, W, bias, W1, W2) -> torch.Tensor:
-        """F.linear(x, W, bias) + self.delta(x, W1, W2) for rows x (N, in): equal up to rounding, faster."""
-        W2a, W2b = (None, W2) if hasattr(self, "lokr_w2") else (self.lokr_w2_a, self.lokr_w2_b)
+    def product(self, x, W, bias, W1, W2a, W2b) -> torch.Tensor:
+        """F.linear(x, W, bias) + self.delta(x, ...) for rows x (N, in): equal up to rounding, faster."""
         return LoKrProduct.apply(x, W, bias, W1, W2a, W2b)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keep = 1.0
+        keep = None
         if self.training and self.module_dropout > 0:
             # Times 0 or 1, not skipped: DistributedDataParallel wants a gradient of every parameter.
             keep = torch.rand((), device=x.device) >= self.module_dropout

@@ -69,9 +69,11 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def factors(self, keep=1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (rank, in) and s B (out, rank): the one place where the scale enters. keep: 0 for no update."""
-        return self.lora_A, keep * (self.scale * self.lora_B)
+    def factors(self, keep=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in) and s B (out, rank): the one place where the scale enters.
+        keep: a scalar tensor, 0 for no update, 1 or None for all of it."""
+        B = self.scale * self.lora_B
+        return self.lora_A, B if keep is None else keep * B
 
     def delta_weight(self) -> torch.Tensor:
         """delta W = s B A, shape (out_features, in_features)."""
@@ -88,7 +90,7 @@ class LoRALinear(nn.Module):
         return LoRAProduct.apply(x, W, bias, A, B)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keep = 1.0
+        keep = None
         if self.training and self.module_dropout > 0:
             # Times 0 or 1, not skipped: DistributedDataParallel wants a gradient of every parameter.
             keep = torch.rand((), device=x.device) >= self.module_dropout

@@ -25,7 +25,7 @@ import checkpoint
 import data
 import pictures
 from config import Parser
-from devices import pick_device
+from devices import keep_freed_memory, pick_device
 from sources import images_below
 
 SHEET = 48  # images on a contact sheet, at most
@@ -121,6 +121,7 @@ def run(argv: list[str] | None) -> int:
     if given.figure:
         pictures.check_figure(Path(given.figure), "--figure")
     device, files = pick_device(given.device), list_images(given.images)
+    keep_freed_memory(device)
     model, info = checkpoint.load_adapter(given.adapter, given.weights, device)
     alone = len(files) == 1 and not os.path.isdir(given.images[0])
     form = "json" if given.json else "long" if alone else "line"

@@ -70,8 +70,7 @@ def prepare(config: Config) -> Run:
     check(config)
     device = pick_device(join(config.device))
     dtype = pick_dtype(config.amp, device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(device)
     checkpoint.seed_generators(config.seed)
     c = config
     cache_dir = c.cache_dir or (Path(c.out).parent if c.out else Path("runs")) / "cache"

@@ -126,8 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "data.md")
     options = parser.parse_args()
-    if options.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(options.device)
     many, few = options.images, options.images // 8
     rows = [
         ("64 px JPEG, for 224 px", many, (64, 64), 224, False),

@@ -128,8 +128,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "end_to_end.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(torch.device(options.device))
     transformers.logging.set_verbosity_error()
     lines = ["| | Trainer and peft, images/s | train.py, images/s | ratio |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:

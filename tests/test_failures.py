@@ -208,7 +208,7 @@ def test_kaggle_s_p100_is_named_before_the_first_step(monkeypatch):
 def test_freed_memory_serves_the_next_step():
     script = """if True:
         import ctypes, resource, torch, devices
-        devices.keep_freed_memory()
+        devices.keep_freed_memory(torch.device("cpu"))
         model = torch.nn.Sequential(*[torch.nn.GELU() for _ in range(4)])
         def faults(steps):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
