@@ -2,7 +2,8 @@
 
     pip install peft lycoris-lora
     python bench/speed.py                              # writes bench/speed.md and bench/speed.png
-    python bench/speed.py --ranks 4 8 16 32 --targets all query,value --batches 1 8 32
+    python bench/speed.py --blocks 1 --ranks 4 8 16 32 --targets all query,value --batches 1 8 32 \
+        --rounds 25 9 5 --out bench/grid               # bench/grid.md
     python bench/speed.py --device cuda --amp bf16 --batches 64
 
 The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (vit.split_attention), random
@@ -10,6 +11,7 @@ weights: the same matrices for all. A step is a forward and a backward to the in
 trains. The floor is that step with nothing adapted. A round is a step of each, in an order of its own; a
 figure is the median over rounds of the step's time over the floor's of the same round. "kept" is what
 autograd keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
+A last table has the peers' time over ours, of the same round too: the median, and the quartiles.
 On a CPU, freed memory stays with the process as in train.py (devices.keep_freed_memory), for all.
 """
 
@@ -29,6 +31,7 @@ from pathlib import Path
 
 import lycoris.modules
 import matplotlib
+import numpy as np
 import peft
 import torch
 from torch import nn
@@ -144,13 +147,19 @@ def peak(model: nn.Module, x: torch.Tensor, options) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(rank: int, targets: list[str], batch: int, options) -> dict[str, dict[str, float]]:
-    """For each contender: time and memory over the floor's."""
+def paired(times: dict[str, list[float]], a: str, b: str) -> list[float]:
+    """a's time over b's, of each round."""
+    return [x / y for x, y in zip(times[a], times[b], strict=True)]
+
+
+def measure(rank: int, targets: list[str], batch: int, rounds: int, options) -> tuple[dict, dict]:
+    """For each contender, time and memory over the floor's; for each of the peers, the quartiles of its
+    time over ours."""
     models = contenders(rank, targets, options)
     x = torch.randn(batch, 197, 768, device=options.device)
     times = {name: [] for name in models}
     order, rng = list(models), random.Random(0)
-    for turn in range(-2, options.rounds):
+    for turn in range(-2, rounds):
         rng.shuffle(order)  # what ran before a step leaves its traces in caches and memory
         for name in order:
             took = step(models[name], x, options)
@@ -161,17 +170,20 @@ def measure(rank: int, targets: list[str], batch: int, options) -> dict[str, dic
         peaks = {name: peak(model, x, options) for name, model in models.items()}
     found = {}
     for name in models:
-        ratios = [a / b for a, b in zip(times[name], times["floor"], strict=True)]
         found[name] = {
             "ms": statistics.median(times[name]),
-            "ratio": statistics.median(ratios),
+            "ratio": statistics.median(paired(times, name, "floor")),
             "kept": memory[name] / memory["floor"],
         }
         if options.device.type == "cuda":
             found[name]["peak"] = peaks[name] / peaks["floor"]
     del models
     gc.collect()
-    return found
+    peers = {}
+    for kind, who in itertools.product(OURS, ("PEFT", "LyCORIS")):
+        ratios = paired(times, f"{kind} {who}", f"{kind} ours")
+        peers[f"{kind} {who}"] = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return found, peers
 
 
 def table(found: dict[str, dict[str, float]]) -> list[str]:
@@ -185,6 +197,16 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
     for name, values in found.items():
         cells = [f"{values[c]:,.0f}" if c == "ms" else f"{values[c]:.2f}" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def against_peers(rows: dict[str, dict[str, np.ndarray]]) -> list[str]:
+    """A table of the peers' time over ours, a row for each setting."""
+    names = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for setting, peers in rows.items():
+        cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in peers.values()]
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -222,11 +244,12 @@ def machine(options) -> str:
     name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "CPU"
     packages = ("torch", "torchvision", "peft", "lycoris-lora")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    blocks = f"{options.blocks} block{'s' * (options.blocks > 1)}"
+    rounds = " or ".join(map(str, options.rounds))
     return (
-        f"{options.blocks} blocks of ViT-B/16, 197 tokens, {str(options.dtype)[6:]}, medians of "
-        f"{options.rounds} paired rounds. {name}, {torch.get_num_threads()} threads, "
-        f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
-        f"{platform.python_version()}, {versions}, commit {commit}."
+        f"{blocks} of ViT-B/16, 197 tokens, {str(options.dtype)[6:]}, medians of {rounds} paired rounds. "
+        f"{name}, {torch.get_num_threads()} threads, {len(os.sched_getaffinity(0))} cores, "
+        f"{platform.machine()}, Python {platform.python_version()}, {versions}, commit {commit}."
     )
 
 
@@ -238,7 +261,9 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["all"], help="all, or names with commas")
     parser.add_argument("--batches", type=int, nargs="+", default=[8])
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=[9], help="one, or one for each batch"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "speed")
     options = parser.parse_args()
@@ -246,17 +271,24 @@ def main() -> None:
         options.amp
     ]
     torch.set_num_threads(options.threads)
-    if options.device.type == "cpu":
-        keep_freed_memory()
-    results, lines = {}, ["# What a training step costs over the frozen trunk's", ""]
+    keep_freed_memory(options.device)
+    if len(options.rounds) not in (1, len(options.batches)):
+        parser.error(
+            f"--rounds has {len(options.rounds)} numbers for {len(options.batches)} batches"
+        )
+    rounds = dict(zip(options.batches, itertools.cycle(options.rounds), strict=False))
+    results, rows, lines = {}, {}, ["# What a training step costs over the frozen trunk's", ""]
     for targets, batch, rank in itertools.product(options.targets, options.batches, options.ranks):
         names = EVERY if targets == "all" else targets.split(",")
-        found = measure(rank, names, batch, options)
+        found, peers = measure(rank, names, batch, rounds[batch], options)
         results.setdefault((targets, batch), {})[rank] = found
-        part = [f"## {targets}, batch {batch}, rank {rank}", "", *table(found), ""]
+        rows[setting := f"{targets}, batch {batch}, rank {rank}"] = peers
+        part = [f"## {setting}", "", *table(found), ""]
         print("\n".join(part), flush=True)
         lines += part
-    lines += [machine(options), ""]
+    part = ["## The peers' time over ours, median (quartiles)", "", *against_peers(rows), ""]
+    print("\n".join(part))
+    lines += [*part, machine(options), ""]
     options.out.with_suffix(".md").write_text("\n".join(lines))
     (targets, batch), by_rank = next(iter(results.items()))
     what = "all linear layers" if targets == "all" else targets
