@@ -72,7 +72,9 @@ def adapt(
             module_dropout=module_dropout,
             **special,
         )
-        replace_linear(model, wrap, targets)
+        for name in replace_linear(model, wrap, targets):
+            if "heads.head" in name:
+                raise ValueError(f"targets: {name} is the head, which trains whole: leave it out")
     if adapter == "full":
         model.requires_grad_(True)
         total = sum(parameter.numel() for parameter in model.parameters())

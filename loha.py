@@ -72,13 +72,13 @@ class LoHaLinear(nn.Module):
         self.module_dropout = module_dropout
         W = linear.weight
         new = {"dtype": torch.promote_types(W.dtype, torch.float32), "device": W.device}
-        out_features, in_features = W.shape
-        self.hada_w1_a = nn.Parameter(torch.empty(out_features, rank, **new))
-        self.hada_w1_b = nn.Parameter(torch.empty(rank, in_features, **new))
-        self.hada_w2_a = nn.Parameter(torch.empty(out_features, rank, **new))
-        self.hada_w2_b = nn.Parameter(torch.zeros(rank, in_features, **new))
+        self.hada_w1_a = nn.Parameter(torch.empty(linear.out_features, rank, **new))
+        self.hada_w1_b = nn.Parameter(torch.empty(rank, linear.in_features, **new))
+        self.hada_w2_a = nn.Parameter(torch.empty(linear.out_features, rank, **new))
+        self.hada_w2_b = nn.Parameter(torch.zeros(rank, linear.in_features, **new))
         for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.train(linear.training)
 
     def factors(self, keep=None) -> tuple[torch.Tensor, ...]:
         """W1a (out, rank), W1b (rank, in), s W2a and W2b alike: the one place where the scale enters.
@@ -111,7 +111,14 @@ class LoHaLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once."""
+        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once.
+
+        Raises ValueError where linear has a forward of its own: one sum of weights would not do the same.
+        """
+        if type(self.linear).forward is not nn.Linear.forward or "forward" in vars(self.linear):
+            raise ValueError(
+                f"{self.linear} has a forward of its own: expected nn.Linear's, which merging keeps"
+            )
         W, bias = self.linear.weight, self.linear.bias
         out_features, in_features = W.shape
         merged = nn.utils.skip_init(
@@ -149,7 +156,9 @@ class LoHaProduct(torch.autograd.Function):
     way round). khatri_rao makes them. loha_forms says which form is cheaper.
     """
 
-    generate_vmap_rule = True  # for torch.func.vmap: a gradient for each sample
+    generate_vmap_rule = (
+        True  # for torch.func.vmap: a gradient for each sample (not for jvp, forward mode)
+    )
 
     @staticmethod
     def forward(x, W, bias, W1a, W1b, W2a, W2b):
@@ -295,7 +304,8 @@ def replace_linear(
     if attention:
         warnings.warn(
             f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: left alone, "
-            "because it never calls its layers. Call vit.split_attention(model) first to adapt attention.",
+            "because it never calls its layers. In a ViT of torchvision's, vit.split_attention(model) turns "
+            "it into layers that can be adapted: call it first.",
             stacklevel=2,
         )
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])

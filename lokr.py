@@ -106,6 +106,7 @@ class LoKrLinear(nn.Module):
         else:
             self.lokr_w2 = nn.Parameter(torch.empty(out_k, in_n, **new))
             nn.init.kaiming_uniform_(self.lokr_w2, a=math.sqrt(5))
+        self.train(linear.training)
 
     def factors(self, keep=None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """s W1 (out_l, in_m), W2a (out_k, rank) and W2b (rank, in_n): the one place where the scale enters.
@@ -143,7 +144,14 @@ class LoKrLinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once."""
+        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once.
+
+        Raises ValueError where linear has a forward of its own: one sum of weights would not do the same.
+        """
+        if type(self.linear).forward is not nn.Linear.forward or "forward" in vars(self.linear):
+            raise ValueError(
+                f"{self.linear} has a forward of its own: expected nn.Linear's, which merging keeps"
+            )
         W, bias = self.linear.weight, self.linear.bias
         out_features, in_features = W.shape
         merged = nn.utils.skip_init(
@@ -180,7 +188,9 @@ class LoKrProduct(torch.autograd.Function):
     kron. W2 = W2a W2b; a whole W2 is W2b here, and W2a None stands for the identity, of rank out_k.
     """
 
-    generate_vmap_rule = True  # for torch.func.vmap: a gradient for each sample
+    generate_vmap_rule = (
+        True  # for torch.func.vmap: a gradient for each sample (not for jvp, forward mode)
+    )
 
     @staticmethod
     def forward(x, W, bias, W1, W2a, W2b):
@@ -323,7 +333,8 @@ def replace_linear(
     if attention:
         warnings.warn(
             f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: left alone, "
-            "because it never calls its layers. Call vit.split_attention(model) first to adapt attention.",
+            "because it never calls its layers. In a ViT of torchvision's, vit.split_attention(model) turns "
+            "it into layers that can be adapted: call it first.",
             stacklevel=2,
         )
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])

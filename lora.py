@@ -68,6 +68,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.train(linear.training)
 
     def factors(self, keep=None) -> tuple[torch.Tensor, torch.Tensor]:
         """A (rank, in) and s B (out, rank): the one place where the scale enters.
@@ -101,7 +102,14 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once."""
+        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once.
+
+        Raises ValueError where linear has a forward of its own: one sum of weights would not do the same.
+        """
+        if type(self.linear).forward is not nn.Linear.forward or "forward" in vars(self.linear):
+            raise ValueError(
+                f"{self.linear} has a forward of its own: expected nn.Linear's, which merging keeps"
+            )
         W, bias = self.linear.weight, self.linear.bias
         out_features, in_features = W.shape
         merged = nn.utils.skip_init(
@@ -136,7 +144,9 @@ class LoRAProduct(torch.autograd.Function):
     The two parts of y, and of x's gradient, are added in place.
     """
 
-    generate_vmap_rule = True  # for torch.func.vmap: a gradient for each sample
+    generate_vmap_rule = (
+        True  # for torch.func.vmap: a gradient for each sample (not for jvp, forward mode)
+    )
 
     @staticmethod
     def forward(x, W, bias, A, B):
@@ -213,7 +223,8 @@ def replace_linear(
     if attention:
         warnings.warn(
             f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: left alone, "
-            "because it never calls its layers. Call vit.split_attention(model) first to adapt attention.",
+            "because it never calls its layers. In a ViT of torchvision's, vit.split_attention(model) turns "
+            "it into layers that can be adapted: call it first.",
             stacklevel=2,
         )
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])

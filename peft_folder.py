@@ -43,11 +43,13 @@ STARTS = (True, False, "gaussian", "orthogonal", "eva", "lycoris")
 def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = "") -> None:
     """Write the adapters of any model, its head and the biases that train as a PEFT folder.
 
-    head: the part of a name that marks what is saved whole, as in mark_trainable; "" for a model without.
+    head: every parameter and buffer whose name contains it is saved as it is (a classifier that was trained
+        from nothing); "" for none. As in replace_linear and mark_trainable.
     base: base_model_name_or_path, for readers of the folder who ask it where the model came from.
 
-    Raises ValueError if there is no adapter, if they differ in kind, rank or scale, if a parameter trains
-    for which PEFT has no place, or if the folder holds an adapter already.
+    Raises ValueError if there is no adapter, if one stands at two places or in the head, if they differ in
+    kind, rank or scale, if a parameter trains for which PEFT has no place, or if the folder holds an adapter
+    already.
     """
     tensors, adapters = trained(model, head)
     inner = {f"{name}.linear" for name in adapters}
@@ -71,7 +73,7 @@ def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]
     wrapped = replace_linear(model, partial(wrap, **settings), endings(layers, others), head)
     mark_trainable(model, head, bias)
     try:
-        fill(expected(model), tensors, folder)
+        fill(expected(model) | head_buffers(model, head), tensors, folder)
     except ValueError:
         for name in wrapped:
             model.set_submodule(name, model.get_submodule(name).linear)
@@ -84,6 +86,17 @@ def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[
     adapters = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
     if not adapters:
         raise ValueError("the model has no adapter: put some in with replace_linear")
+    for name, m in model.named_modules(remove_duplicate=False):
+        if hasattr(m, "delta_weight") and name not in adapters:
+            first = next(other for other, adapter in adapters.items() if adapter is m)
+            raise ValueError(
+                f"{first} and {name} are one adapter: PEFT's folder has no place for the second"
+            )
+        if head and head in name and name in adapters:
+            raise ValueError(
+                f"{name} is an adapter in the head, which is saved whole: expected it outside; give "
+                f"replace_linear head={head!r} too"
+            )
     tensors = {}
     for name, parameter in model.named_parameters():
         module, _, last = name.rpartition(".")
@@ -95,8 +108,16 @@ def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[
                 f"{name} trains, and PEFT has no place for it: expected adapters, head and biases; "
                 "name the head, or call mark_trainable"
             )
-        tensors[peft_key(name, adapters)] = parameter.detach().cpu().clone().contiguous()
+        tensors[peft_key(name, adapters)] = parameter
+    tensors |= head_buffers(model, head)
+    tensors = {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
     return tensors, adapters
+
+
+def head_buffers(model: nn.Module, head: str) -> dict[str, torch.Tensor]:
+    """The buffers that the head's state_dict has, as BatchNorm's running mean."""
+    kept = model.state_dict()
+    return {n: b for n, b in model.named_buffers() if head and head in n and n in kept}
 
 
 def peft_key(name: str, adapters) -> str:
@@ -143,7 +164,7 @@ def bias_of(tensors: dict, heads: list[str]) -> str:
     biases = [
         key
         for key in tensors
-        if key.endswith("bias") and not any(f".{key}".endswith(f".{head}.bias") for head in heads)
+        if key.endswith("bias") and not any(f".{head}." in f".{key}" for head in heads)
     ]
     if not biases:
         return "none"

@@ -115,12 +115,24 @@ class Attention(nn.Module):
 def split_attention(model: nn.Module) -> nn.Module:
     """Turn every nn.MultiheadAttention of the model into an Attention, in place; return the model.
 
-    Raises ValueError for one that self-attention of a ViT does not use: batch_first=False, bias_k,
-    add_zero_attn, or key and value of another width.
+    The model calls its attention as torchvision's ViT does: without masks, and of what comes back it reads
+    the output alone. Raises ValueError for an attention that such a ViT does not use: batch_first=False,
+    bias_k, add_zero_attn, key and value of another width, or one of nn.TransformerEncoder and the like.
     """
-    for name, joined in list(model.named_modules()):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    done = {}  # an attention that stands at two places is split once
+    for name, joined in modules.items():
         if not isinstance(joined, nn.MultiheadAttention):
             continue
+        if joined in done:
+            model.set_submodule(name, done[joined])
+            continue
+        owner = modules.get(name.rpartition(".")[0])
+        if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            raise ValueError(
+                f"{name}: {type(owner).__name__} reads its attention's weights and passes masks; "
+                "expected a ViT of torchvision's"
+            )
         plain = joined.batch_first and joined.bias_k is None and not joined.add_zero_attn
         if not plain or joined.in_proj_weight is None:
             raise ValueError(
@@ -143,7 +155,8 @@ def split_attention(model: nn.Module) -> nn.Module:
                 layer.bias.copy_(b.chunk(3)[i])
                 layer.bias.requires_grad_(b.requires_grad)
         split.out.weight, split.out.bias = joined.out_proj.weight, joined.out_proj.bias
-        model.set_submodule(name, split.train(joined.training))
+        done[joined] = split.train(joined.training)
+        model.set_submodule(name, split)
     return model
 
 
@@ -153,8 +166,12 @@ def join_attention(model: nn.Module) -> nn.Module:
 
     Raises ValueError for one that still holds an adapter: merge first.
     """
-    for name, split in list(model.named_modules()):
+    done = {}
+    for name, split in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(split, Attention):
+            continue
+        if split in done:
+            model.set_submodule(name, done[split])
             continue
         layers = [split.query, split.key, split.value]
         for child, layer in split.named_children():
@@ -178,7 +195,8 @@ def join_attention(model: nn.Module) -> nn.Module:
             joined.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
             joined.in_proj_bias.requires_grad_(any(layer.bias.requires_grad for layer in layers))
         joined.out_proj.weight, joined.out_proj.bias = split.out.weight, split.out.bias
-        model.set_submodule(name, joined.train(split.training))
+        done[split] = joined.train(split.training)
+        model.set_submodule(name, joined)
     return model
 
 

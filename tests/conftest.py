@@ -15,6 +15,12 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def no_notebook(monkeypatch):
+    """A test of notebooks may import ipykernel, which train.py takes for a sign that it runs in one."""
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """Run a script of the repository in an empty folder, as a user does; returns the process."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sdxl import TOKENS, predicted_noise, toy_sdxl
 from test_readme import PYTHON
@@ -147,3 +147,60 @@ def test_a_head_and_biases_travel_with_any_model(tmp_path):
         load_peft(fresh, tmp_path / "folder")
     load_peft(fresh, tmp_path / "folder", head="classifier")  # nothing was left in it
     assert torch.equal(fresh(x), ours(x))
+
+
+class WithHead(nn.Module):
+    """A body, and a head of several parts that has biases and buffers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(6, 5)
+        self.classifier = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.classifier(self.body(x))
+
+
+@torch.no_grad()
+def as_trained(model, x):
+    """Noise in what trains, and what BatchNorm sees of x in its buffers."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.add_(torch.randn_like(p))
+    model.train()(3 * x + 1)
+    return model.eval()
+
+
+def test_a_head_of_several_parts_travels_with_its_buffers(tmp_path):
+    x = torch.randn(8, 6)
+    ours = WithHead()
+    replace_linear(ours, lambda layer: LoRALinear(layer, rank=2, alpha=3), "all", "classifier")
+    mark_trainable(ours, "classifier")
+    save_peft(as_trained(ours, x), tmp_path / "ours", head="classifier")
+    theirs = PeftModel.from_pretrained(WithHead(), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+
+    config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["classifier"])
+    theirs = as_trained(get_peft_model(WithHead(), config), x)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = WithHead()
+    assert load_peft(again, tmp_path / "theirs", head="classifier") == ["body"]
+    torch.testing.assert_close(again.eval()(x), theirs(x), rtol=0, atol=1e-5)
+
+
+def test_what_a_peft_folder_has_no_place_for_is_refused(tmp_path):
+    def wrap(layer):
+        return LoRALinear(layer, rank=2)
+
+    tied = nn.Sequential()
+    tied.add_module("a", nn.Linear(4, 4))
+    tied.add_module("b", tied.a)
+    replace_linear(tied, wrap)
+    with pytest.raises(ValueError, match="a and b are one adapter"):
+        save_peft(tied, tmp_path / "folder")
+    headed = WithHead()
+    replace_linear(headed, wrap, head="")
+    with pytest.raises(ValueError, match=r"classifier\.1 is an adapter in the head"):
+        save_peft(headed, tmp_path / "folder", head="classifier")
+    assert not (tmp_path / "folder").exists()

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import FORMS, IN, KINDS, OUT, make
+from adapters import FORMS, IN, KINDS, OUT, make, randomise
 from torch import nn
 
 from lokr import LoKrLinear, factorization
@@ -217,6 +217,48 @@ def test_code_that_reads_the_weight_gets_the_adapted_one(kind):
     with torch.inference_mode():  # the fast path reads linear1.weight and never calls linear1
         fast = block.eval()(x)
     torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+
+
+class PackedLinear(nn.Linear):
+    """As quantised layers are: bytes of another shape for a weight, and a forward that unpacks them."""
+
+    def __init__(self):
+        super().__init__(IN, OUT, dtype=torch.float64)
+        values = torch.randint(0, 256, (OUT * IN // 2, 1), dtype=torch.uint8)
+        self.weight = nn.Parameter(values, requires_grad=False)
+
+    def unpacked(self):
+        pairs = torch.cat([self.weight // 16, self.weight % 16], dim=1)
+        return pairs.reshape(OUT, IN).double() / 8 - 1
+
+    def forward(self, x):
+        return F.linear(x, self.unpacked(), self.bias)
+
+
+@every_kind
+def test_a_quantised_layer_is_adapted_and_not_merged(kind):
+    packed = PackedLinear()
+    layer = randomise(KINDS[kind](packed))
+    x = torch.randn(3, IN, dtype=torch.float64)
+    W = packed.unpacked() + layer.delta_weight()
+    torch.testing.assert_close(layer(x), F.linear(x, W, packed.bias), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"PackedLinear.* has a forward of its own"):
+        layer.merge()
+
+
+@every_kind
+def test_a_layer_with_another_forward_in_its_place_is_not_merged(kind):
+    layer = make(kind)
+    layer.linear.forward = lambda x: 2 * nn.Linear.forward(layer.linear, x)
+    with pytest.raises(ValueError, match="has a forward of its own"):
+        layer.merge()
+
+
+@every_kind
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_is_in_its_layer_s_mode(kind, training):
+    linear = nn.Linear(IN, OUT).train(training)
+    assert KINDS[kind](linear, dropout=0.5).training == linear.training == training
 
 
 def test_factorization():

@@ -548,6 +548,10 @@ def test_recipe_then_flags():
         ("--device meta", "--device meta: cannot be used"),
         ("--data-dir .", "did you mean --dataset folder?"),
         ("--targets query,vlaue", "target 'vlaue' matches no nn.Linear"),
+        (
+            "--targets query,head",
+            "targets: heads.head is the head, which trains whole: leave it out",
+        ),
         ("--workers 100000", "--workers 100000: expected in 0.."),
         ("--rank four", "argument --rank: invalid int value: 'four'; see --help"),
         ("--save-minutes -1", "--save-minutes -1.0: expected >= 0"),

@@ -67,6 +67,27 @@ def test_attention_that_cannot_be_split_is_refused_by_name(special):
         vit.split_attention(nn.ModuleDict({"block": attention}))
 
 
+def test_the_attention_of_torch_s_own_encoder_is_refused():
+    """It reads batch_first and in_proj_weight of its attention."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn: TransformerEncoderLayer reads"):
+        vit.split_attention(encoder)
+
+
+def test_an_attention_at_two_places_is_split_and_joined_as_one(stock, images):
+    blocks = stock.encoder.layers
+    blocks[1].self_attention = blocks[0].self_attention
+    before = stock.eval()(images)
+    vit.split_attention(stock)
+    assert isinstance(blocks[0].self_attention, vit.Attention)
+    assert blocks[0].self_attention is blocks[1].self_attention
+    torch.testing.assert_close(stock(images), before, rtol=0, atol=1e-5)
+    vit.join_attention(stock)
+    assert isinstance(blocks[0].self_attention, nn.MultiheadAttention)
+    assert blocks[0].self_attention is blocks[1].self_attention
+    torch.testing.assert_close(stock(images), before, rtol=0, atol=1e-5)
+
+
 def test_joining_an_adapted_model_is_refused(stock):
     from lora import LoRALinear, replace_linear
 
