@@ -221,6 +221,7 @@ def compare(argv: list[str]) -> None:
     dataset = ready(config, options)
     main, beside = variants(config, options)
     finals = list(dict.fromkeys(main + beside))
+    refuse_to_lose(Path(options.out) / "comparison.csv", finals)
     at = Comparison(config, dataset, passed, options.jobs)
     at.planned = 3 * len(main) + options.seeds * len(finals)
     print(f"{at.planned} runs or more; what each says is in {at.out / '*.log'}", flush=True)
@@ -234,6 +235,16 @@ def compare(argv: list[str]) -> None:
     rows.sort(key=lambda row: (finals.index(report.variant(row)), row["lr"], row["seed"]))
     report.write(at.out, rows, main, beside, config, dataset, budget(config, options, argv))
     print(f"{at.out / 'comparison.md'}: done; comparison.csv and comparison.png lie beside it")
+
+
+def refuse_to_lose(table: Path, finals: list[Variant]) -> None:
+    """Raise ValueError if a comparison lies there that has lines which this one would leave out."""
+    for row in report.read(table) if table.exists() else []:
+        if (there := Variant(*report.variant(row))) not in finals:
+            raise ValueError(
+                f"{table}: has {there}, which this comparison would leave out; name another --out, or ask "
+                "for that too: what is trained already is not trained again"
+            )
 
 
 def variants(config: Config, options) -> tuple[list[Variant], list[Variant]]:

@@ -77,7 +77,13 @@ class Config:
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
         settings = dict(RECIPES[self.recipe])
-        if self.init_adapter:
+        last = begun(self)
+        then = last["config"] if last else {}
+        # What a run started from may be gone when it goes on: last.pt has what it settled.
+        if then.get("init_adapter"):
+            self.init_adapter = then["init_adapter"]
+            settings |= {key: then[key] for key in export.SETTLED}
+        elif self.init_adapter:
             settings |= export.start_settings(self.init_adapter)
         for f in fields(self):
             value = getattr(self, f.name)
@@ -231,13 +237,20 @@ def check_rank(config: Config, model: nn.Module) -> None:
             )
 
 
+def begun(config: Config) -> dict | None:
+    """The content of the last.pt that --resume goes on from, its tensors left on the disk; None without."""
+    file = Path(config.out or "") / "last.pt"
+    going_on = config.resume and config.out and file.exists()
+    return checkpoint.read_resume(file, mmap=True) if going_on else None
+
+
 def check_resume(config: Config) -> None:
     """Refuse to go on with another run than the one in --out, before minutes are spent on its data."""
     if not config.out:
         raise ValueError("--resume: expected --out as well, the folder of the run to go on with")
     folder = Path(config.out)
-    if (folder / "last.pt").exists():
-        refuse_changes(config, checkpoint.read_resume(folder / "last.pt", mmap=True)["config"])
+    if then := begun(config):
+        refuse_changes(config, then["config"])
     elif (folder / checkpoint.ADAPTER_FILE).exists():  # it would be overwritten
         raise ValueError(
             f"--resume: {folder} holds an adapter but no last.pt to go on from; name another folder"

@@ -237,13 +237,16 @@ def names_in(tensors: dict, model: str) -> dict[str, str]:
     return hf_names(model, "hf5" if any(key.startswith("vit.layers.") for key in tensors) else "hf")
 
 
+# What the adapter that a run starts from settles, unless a flag does.
+SETTLED = (*checkpoint.ADAPT, "model", "weights", "image_size")
+
+
 def start_settings(path: str | Path) -> dict:
-    """What train.Config takes from the adapter file or PEFT folder that a run starts from."""
+    """What train.Config takes from the adapter file or PEFT folder that a run starts from: see SETTLED."""
     if not is_peft(path):
         _, info = checkpoint.read_adapter(path)
-        size = info["preprocessing"]["image_size"]
-        keys = (*checkpoint.ADAPT, "model", "weights")
-        return {**{key: info[key] for key in keys}, "image_size": size}
+        info["image_size"] = info["preprocessing"]["image_size"]
+        return {key: info[key] for key in SETTLED}
     name, layers, settings, _ = read_vit(Path(path))
     with torch.device("meta"):
         bare, _ = vit.build(name, "none")

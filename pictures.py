@@ -180,7 +180,7 @@ def plot_pairs(counts: torch.Tensor, names: list[str]) -> Figure:
 
 def entitle(figure: Figure, title: str, size: float = 10) -> None:
     """The figure's title, in letters that are small enough to fit in."""
-    text = figure.suptitle(title, fontsize=size, parse_math=False)
+    text = figure.suptitle(printable(title), fontsize=size, parse_math=False)
     text.set_fontsize(size * min(1, 0.95 * figure.bbox.width / text.get_window_extent().width))
 
 
@@ -196,7 +196,13 @@ def check_figure(path: Path, flag: str) -> None:
 
 
 def shorten(name: str, length: int = 13) -> str:
+    name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """With ? for what a file's name may have, bytes that are no UTF-8: matplotlib fails at them."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def plot_comparison(
@@ -255,7 +261,7 @@ def plot_comparison(
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
     )
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(printable(title), parse_math=False)
     figure.savefig(path, dpi=150, format="png")
 
 

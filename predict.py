@@ -145,7 +145,13 @@ def run(argv: list[str] | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Predict as the command line says; 0, 1 for images left out, or 2 after one line on stderr."""
     try:
-        return run(argv)
+        status = run(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # What reads this has had enough, as | head has. Python would try once more, at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2

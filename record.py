@@ -28,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import pictures
-from config import Config, taken
+from config import Config, begun, taken
 from devices import gather, meet_at, rank, world
 
 try:
@@ -381,18 +381,18 @@ class Progress:
 def identity(dataset: data.Dataset, info: dict) -> dict:
     """What has to be the same in a run that goes on, beside its flags."""
     images = [len(dataset.train), len(dataset.val)]
-    return {"images": images, "classes": dataset.classes, "trunk": info["trunk"]}
+    keys = ("classes", "trunk", "preprocessing")
+    return {"images": images, **{key: info[key] for key in keys}}
 
 
 def refuse_others(config: Config, dataset: data.Dataset, info: dict) -> None:
     """With --resume, raise ValueError if last.pt is of other data or another trunk: see refuse_changes."""
-    file = Path(config.out or "runs") / "last.pt"
-    if config.resume and file.exists():
-        then = checkpoint.read_resume(file, mmap=True)["identity"]
+    if last := begun(config):
         for key, now in identity(dataset, info).items():
-            if then[key] != now:
+            then = last["identity"].get(key, now)
+            if then != now:
                 raise ValueError(
-                    f"--resume: {file}: {key} was {then[key]!s:.90}, is now {now!s:.90}"
+                    f"--resume: {config.out}/last.pt: {key} was {then!s:.90}, is now {now!s:.90}"
                 )
 
 

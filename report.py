@@ -70,6 +70,18 @@ def variant(row: dict) -> tuple:
     return row["method"], row["rank"], row["dropout"]
 
 
+def read(table: Path) -> list[dict]:
+    """The rows of a comparison.csv, rank and dropout as numbers. Raises ValueError for another file."""
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        for row in rows:
+            row["rank"], row["dropout"] = int(row["rank"] or 0) or None, float(row["dropout"])
+        return rows
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(f"{table}: is of no comparison; name another --out") from None
+
+
 def write(
     out: Path, rows: list[dict], main: list, beside: list, config: Config, d: data.Dataset, how: str
 ) -> None:

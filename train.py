@@ -26,7 +26,7 @@ import checkpoint
 import data
 import export
 import vit
-from config import RECIPES, Config, check, check_rank, check_sizes, named, parse
+from config import RECIPES, Config, begun, check, check_rank, check_sizes, named, parse
 from devices import (
     Autocast,
     in_turn,
@@ -85,7 +85,10 @@ def prepare(config: Config) -> Run:
             model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
         )
         check_rank(config, model)
-        if c.init_adapter:
+        then = begun(c)
+        if c.init_adapter and then and "preprocessing" in then["identity"]:
+            preprocessing |= then["identity"]["preprocessing"]  # its tensors follow, out of last.pt
+        elif c.init_adapter:
             said, images = export.start(model, c.init_adapter, dataset.classes)
             preprocessing |= images
             print(said)

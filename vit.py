@@ -363,6 +363,11 @@ def preprocessing_in(folder: Path) -> dict:
         edge = edge.get("shortest_edge") if isinstance(edge, dict) else edge
         crop = crop.get("height") if isinstance(crop, dict) else crop
         if edge and crop:
+            if crop > edge:
+                raise ValueError(
+                    f"{folder / 'preprocessor_config.json'}: crop_size: expected at most size ({edge}), "
+                    f"found {crop}, more than there is of an image"
+                )
             found |= {"image_size": crop, "crop": crop / edge}
     return found
 

@@ -385,3 +385,15 @@ def test_jobs_share_the_threads_or_the_gpus(monkeypatch):
     assert share(at, 0) == {"OMP_NUM_THREADS": "4"}
     at.jobs = 1
     assert share(at, 0) == {}
+
+
+def test_a_table_is_not_lost_to_one_of_fewer_lines(whole, tmp_path, capsys):
+    before = (whole / "comparison.csv").read_bytes()
+    flags = ["--seeds", "2", "--out", str(whole), *TINY]
+    assert compare.main(["--methods", "lora", "--ranks", "2", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "comparison.csv: has head, which this comparison would leave out" in error
+    assert error.count("\n") == 1 and (whole / "comparison.csv").read_bytes() == before
+    (tmp_path / "comparison.csv").write_text("a,b\n1,2\n")
+    assert compare.main(["--methods", "head", "--out", str(tmp_path), *TINY]) == 2
+    assert "comparison.csv: is of no comparison" in capsys.readouterr().err

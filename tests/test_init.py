@@ -1,6 +1,8 @@
 """train.py --init-adapter: from our own file, from a folder that PEFT trained, with the old head or a new."""
 
 import json
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,3 +146,40 @@ def test_a_base_that_is_not_here_is_named_unless_given(pets, capsys):
     assert train.main([*QUICK, *flags]) == 0
     export.to_peft("run/adapter.safetensors", "again", base=str(pets / "trunk"))
     assert export.start_settings("again")["weights"] == str(pets / "trunk")
+
+
+def test_a_run_goes_on_without_what_it_started_from(pets, monkeypatch):
+    """last.pt has all of it, also how the images are prepared."""
+    seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875}
+    write_adapter("a.safetensors", "loha", classes=sorted(CLASSES), **seen)
+    flags = [*QUICK, "--lr", "0.01", "--epochs", "3", "--batch-size", "1"]
+    from_a = ["--init-adapter", "a.safetensors"]
+    assert train.main([*flags, *from_a, "--out", "unbroken"]) == 0
+    whole, steps = train.train_step, []
+
+    def step(*arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        for out in ("same", "moved", "unsaid"):
+            steps.clear()
+            assert train.main([*flags, *from_a, "--out", out]) == 143
+    Path("a.safetensors").rename("b.safetensors")
+    for out, start in (
+        ("same", from_a),
+        ("moved", ["--init-adapter", "b.safetensors"]),
+        ("unsaid", []),
+    ):
+        assert train.main([*flags, *start, "--out", out, "--resume"]) == 0
+        found, wanted = (checkpoint.read_adapter(name) for name in (out, "unbroken"))
+        assert found[1] == wanted[1]
+        assert all(torch.equal(found[0][key], wanted[0][key]) for key in wanted[0])
+    # a run that began without is another one
+    assert train.main([*flags, "--out", "without"]) == 0
+    assert (
+        train.main([*flags, "--init-adapter", "b.safetensors", "--out", "without", "--resume"]) == 2
+    )

@@ -1,11 +1,14 @@
 """predict.py as a user runs it, against the evaluation of training."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 from adapters import CLASSES, write_adapter
+from conftest import ROOT
 from PIL import Image
 from trees import write_image
 
@@ -123,3 +126,12 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, photos, tmp_path, ca
     error = shown.err.strip()
     assert error.startswith("predict.py: ") and message in error and "\n" not in error
     assert not shown.out, "nothing is predicted before a mistake is seen"
+
+
+def test_a_reader_who_has_had_enough_is_no_mistake(photos, start):
+    """As predict.py ... | head -n 1."""
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that the pipe is met at the end alone
+    process = start([sys.executable, ROOT / "predict.py", "a.safetensors", "photos"], env=buffered)
+    process.stdout.close()
+    assert process.wait(600) == 1
+    assert not process.stderr.read()
