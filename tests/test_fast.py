@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loha
 import lokr
+import lora
 from lokr import LoKrLinear
 
 # Every form of every adapter, the choices of the cost models forced: LoHa's for forward and for the
@@ -238,6 +239,14 @@ def test_the_forms_chosen_for_vit_b():
     for N, cheaper in ((300, "apart"), (400, "built")):
         built, apart = lokr.lokr_costs(N, 768, 768, 24 * 24, 8)
         assert (built < apart) == (cheaper == "built")
+
+
+@pytest.mark.parametrize("module", [lora, loha, lokr])
+@pytest.mark.parametrize("columns", [1, 15, 16, 40])
+def test_a_factor_s_gradient_is_the_same_product_in_either_orientation(module, columns):
+    z, x = rows(7)[:, :columns], rows(7, seed=1)[:, :9]
+    found = module.factor_gradient(z, x)
+    torch.testing.assert_close(found, torch.einsum("nr,ni->ri", z, x), rtol=0, atol=1e-12)
 
 
 def test_a_frozen_input_costs_no_gradient(route):
