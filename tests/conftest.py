@@ -56,6 +56,20 @@ def start():
             process.wait()
 
 
+@pytest.fixture
+def torchrun(start, tmp_path):
+    """Run some processes of a script on this machine; (the status, what they say, their errors)."""
+
+    def run(*arguments, processes=2, script=ROOT / "train.py"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={processes}", script, *arguments]
+        process = start(command, cwd=tmp_path)
+        said, error = process.communicate(timeout=LIMIT)
+        return process.returncode, said, error
+
+    return run
+
+
 def wait_until(happened, alive=lambda: True, pause=0.1):
     """Wait for happened() to be true. Fail if alive() is no longer, or it takes too long."""
     end = time.monotonic() + LIMIT

@@ -1,13 +1,10 @@
 """Processes of torchrun, which share each batch, against one that has it alone."""
 
 import csv
-import re
 import sys
-import textwrap
 
 import pytest
 import torch
-from conftest import LIMIT, ROOT
 
 import checkpoint
 import data
@@ -18,47 +15,6 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's torchrun
 # 50 images in batches of 7: the last batch of an epoch has one image, and one process has none of it.
 FLAGS = "--limit 50 --epochs 2 --batch-size 7 --grad-accum 2 --image-size 14 --workers 0"
 FLAGS = [*FLAGS.split(), "--module-dropout", "0.2", "--test"]
-
-
-@pytest.fixture
-def torchrun(start, tmp_path):
-    """Run some processes of a script on this machine; (the status, what they say, their errors)."""
-
-    def run(*arguments, processes=2, script=ROOT / "train.py"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}", script, *arguments]
-        process = start(command, cwd=tmp_path)
-        said, error = process.communicate(timeout=LIMIT)
-        return process.returncode, said, error
-
-    return run
-
-
-def in_step(folder, who, n, action):
-    """train.py, but that before its n-th step one of the processes does something; the script."""
-    script = folder / "in_step.py"
-    script.write_text(
-        f"""
-import os, signal, sys, time
-
-sys.path.insert(0, {str(ROOT)!r})
-import train
-
-whole, steps = train.train_step, []
-
-
-def step(*arguments):
-    steps.append(1)
-    if train.rank() == {who} and len(steps) == {n}:
-{textwrap.indent(textwrap.dedent(action), 8 * " ")}
-    return whole(*arguments)
-
-
-train.train_step = step
-sys.exit(train.main(sys.argv[1:]))
-"""
-    )
-    return script
 
 
 def curves(folder):
@@ -92,52 +48,6 @@ def test_two_processes_learn_what_one_does(adapter, tmp_path, torchrun):
         assert two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=1.01 / 50)
     names = [{p.name.split(".")[0] for p in (tmp_path / n).iterdir()} for n in ("one", "two")]
     assert names[0] == names[1]
-
-
-# To torchrun, which passes it on; and a process that goes on only once it has it stops after this step.
-STOP = """
-os.kill(os.getppid(), signal.SIGTERM)
-signals, end = signal.getsignal(signal.SIGTERM).__self__, time.monotonic() + 60
-while not signals.asked:
-    assert time.monotonic() < end
-    time.sleep(0.01)
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_are_stopped_go_on_bit_for_bit(tmp_path, torchrun):
-    """Three: in which order two numbers are added does not matter."""
-    flags = [*FLAGS, "--epochs", "4", "--adapter-dropout", "0.1", "--head-dropout", "0.1"]
-    stops = in_step(tmp_path, 0, 6, STOP)
-    status, _, error = torchrun(*flags, "--out", "run", processes=3, script=stops)
-    assert status != 0
-    assert "train.py: stopped by SIGTERM after step 6; last.pt stands at step 6;" in error
-    for name, resume in (("run", ["--resume"]), ("unbroken", [])):
-        status, said, error = torchrun(*flags, "--out", name, *resume, processes=3)
-        assert status == 0, error
-        assert ("goes on after step 6 of 16" in said) == bool(resume)
-    assert curves(tmp_path / "run") == curves(tmp_path / "unbroken")
-    a, b = (checkpoint.read_resume(tmp_path / n / "last.pt") for n in ("run", "unbroken"))
-    assert all(torch.equal(a["tensors"][key], b["tensors"][key]) for key in b["tensors"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("error", ["ValueError", "KeyError"])
-@pytest.mark.parametrize("who", [0, 1])
-def test_an_error_in_one_process_ends_both_with_its_message(who, error, tmp_path, torchrun):
-    script = in_step(tmp_path, who, 3, f'raise {error}("the reason of it")')
-    status, _, said = torchrun(*FLAGS, "--out", "run", script=script)
-    assert status != 0
-    assert "the reason of it" in said
-
-
-@pytest.mark.slow
-def test_a_mistake_under_torchrun_is_said(tmp_path, torchrun):
-    """By the process that comes to it first: torchrun ends the others, which may be about to."""
-    status, _, said = torchrun(*FLAGS, "--rank", "0")
-    assert status != 0
-    assert re.search(r"^train\.py(, process 1)?: --rank 0: expected >= 1\n", said, re.MULTILINE)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
