@@ -198,3 +198,44 @@ def test_every_file_and_link_that_readme_names_is_there():
     places = {f"#{heading.replace(' ', '-')}" for heading in headings}
     for path in named - places:
         assert (ROOT / path).exists(), path
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_readme_s_figures_of_the_demo_are_the_comparison_s():
+    text = (ROOT / "assets" / "comparison.md").read_text(encoding="utf-8")
+    whole, rest = text.split("\n## ", 1)
+    rows = [cells(line) for line in whole.splitlines() if re.match(r"\| .*±", line)]
+    assert len(rows) == 14
+    for row in rows:
+        assert f"| {' | '.join(row[:7])} |" in README, row
+    short = {"LoKr": "LoKr rank 4", "LoRA": "LoRA rank 4", "LoHa": "LoHa rank 4"}
+    for name, rank, parameters, _, lr, validation, test, *_ in rows:
+        if rank in ("", "4"):
+            (line,) = re.findall(rf"^\| {short.get(name, name)} \(.*$", README, re.MULTILINE)
+            assert cells(line)[1:] == [parameters, validation, test]
+            assert f"--lr {lr}`" in line or "the default" in line
+    of_dropout = README.split("| dropout, rank 4, test % |")[1].splitlines()[2:5]
+    wanted = [
+        cells(row) for row in re.findall(r"^\| \w+ \| 4 \| [\d.]+ \| .*±.*$", rest, re.MULTILINE)
+    ]
+    assert [cells(line) for line in of_dropout] == [
+        [wanted[i][0], *(row[4] for row in wanted[i : i + 3])] for i in (0, 3, 6)
+    ]
+
+
+def test_readme_s_figures_of_speed_are_the_bench_s():
+    text = (ROOT / "bench" / "speed.md").read_text(encoding="utf-8")
+    parts = [part for part in text.split("\n## ") if part.startswith("all, batch 8, rank ")]
+    found = []
+    for part in parts:
+        lines = (cells(line) for line in part.splitlines() if re.match(r"\| \w.*\d", line))
+        found.append({name: (ratio, kept) for name, _, ratio, kept in lines})
+    assert [part.split("\n")[0] for part in parts] == [f"all, batch 8, rank {r}" for r in (8, 16)]
+    for kind in ("LoRA", "LoHa", "LoKr"):
+        ratios = [rank[f"{kind} {who}"][0] for rank in found for who in ("ours", "PEFT", "LyCORIS")]
+        kept = [found[0][f"{kind} {who}"][1] for who in ("ours", "PEFT")]
+        assert f"| {kind} | {' | '.join(ratios + kept)} |" in README, kind
+    assert f"| full fine-tuning | {found[0]['full'][0]} | | | {found[1]['full'][0]} |" in README
