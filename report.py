@@ -222,14 +222,18 @@ def machine(config: Config) -> str:
         name = found[1].strip() if found else name
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {name}"
-    commit = ""
-    with suppress(OSError):  # no git
-        command = ["git", "describe", "--always", "--dirty"]
-        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = f", commit {said.stdout.strip()}" if said.returncode == 0 else ""
     dtype = str(pick_dtype(config.amp, device))[6:]
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, which runs at once share, "
         f"{device}, {dtype}, Python {platform.python_version()}, torch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}{commit}."
+        f"{torchvision.__version__}{commit()}."
     )
+
+
+def commit() -> str:
+    """What git calls this state of the files, with a comma before; nothing outside of a clone."""
+    with suppress(OSError):  # no git
+        command = ["git", "describe", "--always", "--dirty"]
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return f", commit {said.stdout.strip()}" if said.returncode == 0 else ""
+    return ""

@@ -12,7 +12,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from devices import keep_freed_memory  # noqa: E402
+from report import commit  # noqa: E402
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop": 224 / 256}
 BATCH = 64
@@ -147,10 +147,7 @@ def main() -> None:
             f"({found['all'] / found['usual']:.1f} x) |"
         )
         print(lines[-1], flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else ""
+    name = f" {torch.cuda.get_device_name(options.device)}" if options.device.type == "cuda" else ""
     text = "\n".join(
         [
             "# Images/s of the input path",
@@ -159,9 +156,9 @@ def main() -> None:
             "",
             f"Batches of {BATCH}, {options.workers} workers, medians of {options.rounds} alternating rounds "
             f"of {options.epochs} epochs, {many:,} small and {few:,} large generated images, device "
-            f"{options.device} {name}. {len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
+            f"{options.device}{name}. {len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
             f"{platform.python_version()}, torch {torch.__version__}, torchvision "
-            f"{torchvision.__version__}, Pillow {PIL.__version__}, commit {commit}.",
+            f"{torchvision.__version__}, Pillow {PIL.__version__}{commit()}.",
             "",
         ]
     )

@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from devices import keep_freed_memory  # noqa: E402
+from report import commit  # noqa: E402
 
 CONFIGS = {
     "lora": lambda r: peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"),
@@ -150,7 +151,7 @@ def main() -> None:
         f"ViT-B/16, all linear layers, rank {options.rank}, batch {options.batch}, {options.steps} steps, "
         f"medians of {options.rounds} paired rounds, {options.device}, amp {options.amp}, "
         f"{options.threads} threads, {len(os.sched_getaffinity(0))} cores, {platform.machine()}, "
-        f"Python {platform.python_version()}, {versions}."
+        f"Python {platform.python_version()}, {versions}{commit()}."
     )
     text = ["# Images/s of a training run", "", *lines, "", how, ""]
     options.out.write_text("\n".join(text))

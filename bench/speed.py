@@ -22,7 +22,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
@@ -48,7 +47,7 @@ from devices import keep_freed_memory  # noqa: E402
 from loha import LoHaLinear  # noqa: E402
 from lokr import LoKrLinear  # noqa: E402
 from lora import LoRALinear, mark_trainable, replace_linear  # noqa: E402
-from report import saved_bytes  # noqa: E402
+from report import commit, saved_bytes  # noqa: E402
 
 EVERY = ["query", "key", "value", "out", "mlp.0", "mlp.3"]
 OURS = {"LoRA": LoRALinear, "LoHa": LoHaLinear, "LoKr": LoKrLinear}
@@ -238,9 +237,6 @@ def draw(results: dict[int, dict], title: str, path: Path) -> None:
 
 
 def machine(options) -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "CPU"
     packages = ("torch", "torchvision", "peft", "lycoris-lora")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
@@ -249,7 +245,7 @@ def machine(options) -> str:
     return (
         f"{blocks} of ViT-B/16, 197 tokens, {str(options.dtype)[6:]}, medians of {rounds} paired rounds. "
         f"{name}, {torch.get_num_threads()} threads, {len(os.sched_getaffinity(0))} cores, "
-        f"{platform.machine()}, Python {platform.python_version()}, {versions}, commit {commit}."
+        f"{platform.machine()}, Python {platform.python_version()}, {versions}{commit()}."
     )
 
 
