@@ -1,5 +1,5 @@
 """The adapter file, what training changed and all that is needed to rebuild the model around it; and the
-resume file, all that is needed to go on training.
+resume file, all that is needed to go on training beside images and trunk.
 
 adapter.safetensors holds the tensors that were trained (adapter, head, biases; with --adapter full
 the whole model) under their names in the model. Its metadata, all strings, say the rest: adapter,

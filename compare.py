@@ -218,10 +218,10 @@ def last_line(log: Path) -> str:
 def compare(argv: list[str]) -> None:
     """Refuse what cannot work, train what is not trained yet, and write it all up."""
     options, config, passed = read(argv)
-    dataset = ready(config, options)
     main, beside = variants(config, options)
     finals = list(dict.fromkeys(main + beside))
-    refuse_to_lose(Path(options.out) / "comparison.csv", finals)
+    refuse_to_lose(Path(options.out) / "comparison.csv", finals, options.seeds)
+    dataset = ready(config, options)
     at = Comparison(config, dataset, passed, options.jobs)
     at.planned = 3 * len(main) + options.seeds * len(finals)
     print(f"{at.planned} runs or more; what each says is in {at.out / '*.log'}", flush=True)
@@ -237,20 +237,21 @@ def compare(argv: list[str]) -> None:
     print(f"{at.out / 'comparison.md'}: done; comparison.csv and comparison.png lie beside it")
 
 
-def refuse_to_lose(table: Path, finals: list[Variant]) -> None:
+def refuse_to_lose(table: Path, finals: list[Variant], seeds: int) -> None:
     """Raise ValueError if a comparison lies there that has lines which this one would leave out."""
     for row in report.read(table) if table.exists() else []:
-        if (there := Variant(*report.variant(row))) not in finals:
+        there = Variant(*report.variant(row))
+        if there not in finals or row["seed"] >= seeds:
             raise ValueError(
-                f"{table}: has {there}, which this comparison would leave out; name another --out, or ask "
-                "for that too: what is trained already is not trained again"
+                f"{table}: has {there} seed {row['seed']}, which this comparison would leave out; name "
+                "another --out, or ask for all of it: what is trained already is not trained again"
             )
 
 
 def variants(config: Config, options) -> tuple[list[Variant], list[Variant]]:
     """(those of the table, those that show the effect of dropout)"""
     main, beside = [], []
-    rank = 4 if 4 in options.ranks else options.ranks[0]
+    rank = 4 if 4 in options.ranks else min(options.ranks)
     for method in options.methods:
         if method not in checkpoint.ADAPTERS:
             main.append(Variant(method))

@@ -79,7 +79,8 @@ class Config:
         settings = dict(RECIPES[self.recipe])
         last = begun(self)
         then = last["config"] if last else {}
-        # What a run started from may be gone when it goes on: last.pt has what it settled.
+        # A run that goes on does not read --init-adapter's file again, which may be gone: last.pt holds the
+        # settings that came from it.
         if then.get("init_adapter"):
             self.init_adapter = then["init_adapter"]
             settings |= {key: then[key] for key in export.SETTLED}

@@ -113,11 +113,14 @@ class LoHaLinear(nn.Module):
     def merge(self) -> nn.Linear:
         """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once.
 
-        Raises ValueError where linear has a forward of its own: one sum of weights would not do the same.
+        Raises ValueError where linear has a forward or forward hooks of its own: they would be lost.
         """
-        if type(self.linear).forward is not nn.Linear.forward or "forward" in vars(self.linear):
+        linear = self.linear
+        own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
+        if own or linear._forward_hooks:
             raise ValueError(
-                f"{self.linear} has a forward of its own: expected nn.Linear's, which merging keeps"
+                f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
+                "would not have: take it off (accelerate's by remove_hook_from_module) or keep the adapter"
             )
         W, bias = self.linear.weight, self.linear.bias
         out_features, in_features = W.shape
@@ -156,9 +159,8 @@ class LoHaProduct(torch.autograd.Function):
     way round). khatri_rao makes them. loha_forms says which form is cheaper.
     """
 
-    generate_vmap_rule = (
-        True  # for torch.func.vmap: a gradient for each sample (not for jvp, forward mode)
-    )
+    # Lets torch.func.vmap through, for gradients sample by sample; forward mode (jvp) is not supported.
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, W, bias, W1a, W1b, W2a, W2b):

@@ -55,6 +55,8 @@ def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = 
     inner = {f"{name}.linear" for name in adapters}
     others = [name for name, _ in model.named_modules() if name not in inner | set(adapters)]
     heads = sorted({key.rpartition(".")[0] for key in tensors if head and head in key})
+    # the outermost: PEFT saves what is inside with it
+    heads = [name for name in heads if not any(name.startswith(f"{other}.") for other in heads)]
     settings = {**settings_of(adapters), "bias": bias_of(tensors, heads)}
     write_peft(Path(folder), settings, endings(list(adapters), others), heads, tensors, base)
 
@@ -86,13 +88,17 @@ def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[
     adapters = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
     if not adapters:
         raise ValueError("the model has no adapter: put some in with replace_linear")
+    names = {adapter: name for name, adapter in adapters.items()}
     for name, m in model.named_modules(remove_duplicate=False):
-        if hasattr(m, "delta_weight") and name not in adapters:
-            first = next(other for other, adapter in adapters.items() if adapter is m)
+        if m not in names:
+            continue
+        (owner, _, last), (first, _, same) = name.rpartition("."), names[m].rpartition(".")
+        # A block that is used again takes its adapters along, in PEFT too.
+        if model.get_submodule(owner) is not model.get_submodule(first) or last != same:
             raise ValueError(
-                f"{first} and {name} are one adapter: PEFT's folder has no place for the second"
+                f"{names[m]} and {name} are one adapter: PEFT's folder has no place for the second"
             )
-        if head and head in name and name in adapters:
+        if head and head in name:
             raise ValueError(
                 f"{name} is an adapter in the head, which is saved whole: expected it outside; give "
                 f"replace_linear head={head!r} too"
@@ -110,6 +116,11 @@ def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[
             )
         tensors[peft_key(name, adapters)] = parameter
     tensors |= head_buffers(model, head)
+    if head and not any(head in key for key in tensors):
+        raise ValueError(
+            f"head={head!r}: expected a part of a parameter's name, found no such parameter (one that stands "
+            "at two places has the name of the first)"
+        )
     tensors = {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
     return tensors, adapters
 

@@ -143,7 +143,10 @@ def run(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Predict as the command line says; 0, 1 for images left out, or 2 after one line on stderr."""
+    """Predict as the command line says; 0, 1 if images are left out or nobody reads on, or 2 after
+    one line on stderr."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="surrogateescape")  # a file's name comes out as it went in
     try:
         status = run(argv)
         sys.stdout.flush()

@@ -71,15 +71,16 @@ def variant(row: dict) -> tuple:
 
 
 def read(table: Path) -> list[dict]:
-    """The rows of a comparison.csv, rank and dropout as numbers. Raises ValueError for another file."""
+    """The rows of a comparison.csv; rank, dropout and seed as numbers. Raises ValueError for another file."""
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
         for row in rows:
             row["rank"], row["dropout"] = int(row["rank"] or 0) or None, float(row["dropout"])
+            row["seed"] = int(row["seed"])
         return rows
     except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{table}: is of no comparison; name another --out") from None
+        raise ValueError(f"{table}: is no table of compare.py's; name another --out") from None
 
 
 def write(

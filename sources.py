@@ -456,6 +456,11 @@ def imagenet_names(root: Path, ids: list[str]) -> list[str]:
 VALIDATION, TESTS = ("val", "valid", "validation"), ("test", "testing")
 
 
+def is_text(name: str) -> bool:
+    """False for a file's name that holds bytes which are no UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
+
+
 def folder(data_dir: str | None):
     """Class folders of one's own: DIR/train/cat/*.jpg and DIR/val/cat/*.jpg (or valid, or validation;
     DIR/test/cat/*.jpg if there is one), or DIR/cat/*.jpg, of which one image in five validates."""
@@ -476,6 +481,8 @@ def folder(data_dir: str | None):
         raise ValueError(
             f"{top}: expected a folder of images for each class, found {found}; {hint}"
         )
+    if wrong := next((name for name in classes if not is_text(name)), None):
+        raise ValueError(f"{top}: expected names in UTF-8, found {os.fsencode(wrong)}; rename it")
     files, labels = list_classes(top, classes)
     everything = Split(labels, files)
     splits = {"train": everything}

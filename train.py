@@ -85,9 +85,8 @@ def prepare(config: Config) -> Run:
             model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
         )
         check_rank(config, model)
-        then = begun(c)
-        if c.init_adapter and then and "preprocessing" in then["identity"]:
-            preprocessing |= then["identity"]["preprocessing"]  # its tensors follow, out of last.pt
+        if then := begun(c):  # images are prepared as they were, wherever weights lie now
+            preprocessing |= then["identity"].get("preprocessing", {})
         elif c.init_adapter:
             said, images = export.start(model, c.init_adapter, dataset.classes)
             preprocessing |= images

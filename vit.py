@@ -365,8 +365,8 @@ def preprocessing_in(folder: Path) -> dict:
         if edge and crop:
             if crop > edge:
                 raise ValueError(
-                    f"{folder / 'preprocessor_config.json'}: crop_size: expected at most size ({edge}), "
-                    f"found {crop}, more than there is of an image"
+                    f"{folder / 'preprocessor_config.json'}: crop_size: expected at most {edge}, the "
+                    f"size that images are resized to, found {crop}"
                 )
             found |= {"image_size": crop, "crop": crop / edge}
     return found

@@ -149,14 +149,23 @@ def test_a_head_and_biases_travel_with_any_model(tmp_path):
     assert torch.equal(fresh(x), ours(x))
 
 
-class WithHead(nn.Module):
-    """A body, and a head of several parts that has biases and buffers of its own."""
+class Head(nn.Sequential):
+    """Several parts, with biases, with buffers, and a buffer of its own."""
 
+    def __init__(self):
+        super().__init__(nn.BatchNorm1d(5), nn.Linear(5, 4), nn.Linear(4, 3))
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, x):
+        return super().forward(x) / self.temperature
+
+
+class WithHead(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Linear(6, 5)
-        self.classifier = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4), nn.Linear(4, 3))
+        self.classifier = Head()
 
     def forward(self, x):
         return self.classifier(self.body(x))
@@ -169,6 +178,9 @@ def as_trained(model, x):
         if p.requires_grad:
             p.add_(torch.randn_like(p))
     model.train()(3 * x + 1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("temperature"):
+            buffer.fill_(2.5)
     return model.eval()
 
 
@@ -199,8 +211,38 @@ def test_what_a_peft_folder_has_no_place_for_is_refused(tmp_path):
     replace_linear(tied, wrap)
     with pytest.raises(ValueError, match="a and b are one adapter"):
         save_peft(tied, tmp_path / "folder")
+    twice = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Identity()])
+    twice[1].first = twice[0][0]
+    replace_linear(twice, wrap)
+    with pytest.raises(ValueError, match=r"0\.0 and 1\.first are one adapter"):
+        save_peft(twice, tmp_path / "folder")
+    plain = nn.Sequential(nn.Linear(4, 4))
+    replace_linear(plain, wrap)
+    mark_trainable(plain, head="")
+    with pytest.raises(ValueError, match="head='lm_head': expected a part of a parameter's name"):
+        save_peft(plain, tmp_path / "folder", head="lm_head")
     headed = WithHead()
     replace_linear(headed, wrap, head="")
     with pytest.raises(ValueError, match=r"classifier\.1 is an adapter in the head"):
         save_peft(headed, tmp_path / "folder", head="classifier")
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_block_that_is_used_again_travels_once(tmp_path):
+    def model():
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        return nn.Sequential(block, block, block)
+
+    ours = model()
+    replace_linear(ours, lambda layer: LoRALinear(layer, rank=2))
+    mark_trainable(ours, "")
+    nn.init.normal_(ours[0][0].lora_B)
+    save_peft(ours, tmp_path / "folder")
+    x = torch.randn(3, 4)
+    theirs = PeftModel.from_pretrained(model(), tmp_path / "folder").eval()
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
+    again = model()
+    load_peft(again, tmp_path / "folder")
+    assert torch.equal(again(x), ours(x))
+    save_peft(again, tmp_path / "again")

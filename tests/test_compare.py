@@ -392,8 +392,12 @@ def test_a_table_is_not_lost_to_one_of_fewer_lines(whole, tmp_path, capsys):
     flags = ["--seeds", "2", "--out", str(whole), *TINY]
     assert compare.main(["--methods", "lora", "--ranks", "2", *flags]) == 2
     error = capsys.readouterr().err
-    assert "comparison.csv: has head, which this comparison would leave out" in error
-    assert error.count("\n") == 1 and (whole / "comparison.csv").read_bytes() == before
+    assert "comparison.csv: has head seed 0, which this comparison would leave out" in error
+    assert error.count("\n") == 1
+    flags = ["--ranks", "2", "--dropouts", "0.5", "--seeds", "1", "--out", str(whole), *TINY]
+    assert compare.main(flags) == 2
+    assert "has head seed 1, which" in capsys.readouterr().err
+    assert (whole / "comparison.csv").read_bytes() == before
     (tmp_path / "comparison.csv").write_text("a,b\n1,2\n")
     assert compare.main(["--methods", "head", "--out", str(tmp_path), *TINY]) == 2
-    assert "comparison.csv: is of no comparison" in capsys.readouterr().err
+    assert "comparison.csv: is no table of compare.py's" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from adapters import CLASSES, write_adapter
-from conftest import ROOT
+from conftest import LIMIT, ROOT
 from PIL import Image
 from trees import write_image
 
@@ -133,5 +133,16 @@ def test_a_reader_who_has_had_enough_is_no_mistake(photos, start):
     buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that the pipe is met at the end alone
     process = start([sys.executable, ROOT / "predict.py", "a.safetensors", "photos"], env=buffered)
     process.stdout.close()
-    assert process.wait(600) == 1
+    assert process.wait(LIMIT) == 1
     assert not process.stderr.read()
+
+
+def test_a_name_that_is_no_text_comes_out_as_it_went_in(photos, start):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    os.rename("photos/0.jpg", name)
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    command = [sys.executable, ROOT / "predict.py", "a.safetensors", "photos", name]
+    process = start([*command, "--figure", "x.png"], env=strict, text=False)
+    said, error = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, error
+    assert b"caf\xe9.jpg" in said and os.path.getsize("x.png") > 5000

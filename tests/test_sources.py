@@ -450,6 +450,14 @@ def test_folders_that_are_all_splits_are_no_classes(tmp_path):
         sources.load("folder", str(tmp_path))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    for name in ("plain", os.fsdecode(b"caf\xe9")):
+        write_image(tmp_path / name / "1.jpg", 0, 0)
+    with pytest.raises(ValueError, match=r"expected names in UTF-8, found b'caf\\xe9'; rename it"):
+        sources.load("folder", str(tmp_path))
+
+
 def test_what_is_held_out_does_not_depend_on_classes_or_mount(tmp_path):
     trees.food101(tmp_path / "a", train=20)
     shutil.copytree(tmp_path / "a", tmp_path / "somewhere" / "else")

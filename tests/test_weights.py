@@ -128,7 +128,7 @@ def test_the_images_of_a_trunk_are_prepared_as_its_folder_says(said, found, tmp_
 def test_a_crop_larger_than_the_image_is_refused(tmp_path):
     said = {"size": {"shortest_edge": 100}, "crop_size": {"height": 112}, "do_center_crop": True}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
-    with pytest.raises(ValueError, match=r"crop_size: expected at most size \(100\), found 112"):
+    with pytest.raises(ValueError, match=r"crop_size: expected at most 100, .* found 112"):
         vit.preprocessing_in(tmp_path)
 
 
