@@ -239,3 +239,17 @@ def test_readme_s_figures_of_speed_are_the_bench_s():
         kept = [found[0][f"{kind} {who}"][1] for who in ("ours", "PEFT")]
         assert f"| {kind} | {' | '.join(ratios + kept)} |" in README, kind
     assert f"| full fine-tuning | {found[0]['full'][0]} | | | {found[1]['full'][0]} |" in README
+
+
+def test_what_readme_says_of_the_peers_is_counted_in_the_grid():
+    """Ahead: more than 1.00 in the table of the peers' time over ours."""
+    text = (ROOT / "bench" / "grid.md").read_text(encoding="utf-8")
+    lines = text.split("## The peers' time over ours")[1].splitlines()
+    rows = [cells(line) for line in lines if re.match(r"\| \w.*batch", line)]
+    assert len(rows) == 2 * 3 * 4  # targets, batches, ranks
+    medians = [[float(cell.split()[0]) for cell in row[1:]] for row in rows]
+    ahead = sum(min(row[i : i + 2]) > 1 for row in medians for i in (2, 4))
+    sooner, later = (sum(sign * (row[0] - 1) > 0 for row in medians) for sign in (1, -1))
+    said = " ".join(README.split())
+    assert f"LoHa and LoKr were ahead of both peers in {ahead} of 48 cases" in said
+    assert f"LoRA was ahead of PEFT's in {sooner} of 24 and behind in {later}" in said
