@@ -225,8 +225,8 @@ def replace_linear(
     if attention:
         warnings.warn(
             f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: left alone, "
-            "because it never calls its layers. In a ViT of torchvision's, vit.split_attention(model) turns "
-            "it into layers that can be adapted: call it first.",
+            "because it never calls its layers. Call vit.split_attention(model) first, if it is a ViT of "
+            "torchvision's, to adapt attention.",
             stacklevel=2,
         )
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])
