@@ -3,7 +3,7 @@
     pip install peft lycoris-lora
     python bench/speed.py                              # writes bench/speed.md and bench/speed.png
     python bench/speed.py --blocks 1 --ranks 4 8 16 32 --targets all query,value --batches 1 8 32 \
-        --rounds 25 9 5 --out bench/grid               # bench/grid.md
+        --rounds 25 7 3 --out bench/grid               # bench/grid.md
     python bench/speed.py --device cuda --amp bf16 --batches 64
 
 The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (vit.split_attention), random

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import train
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 600  # seconds for what takes a few: more is no slow machine, but something that hangs
@@ -68,6 +71,24 @@ def torchrun(start, tmp_path):
         return process.returncode, said, error
 
     return run
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(n, signal): the process gets the signal in its n-th step from now on."""
+
+    def stop(n, number=signal.SIGTERM):
+        def step(*arguments):
+            step.n += 1
+            if step.n == n:
+                signal.raise_signal(number)
+            return whole(*arguments)
+
+        step.n = 0
+        monkeypatch.setattr(train, "train_step", step)
+
+    whole = train.train_step
+    return stop
 
 
 def wait_until(happened, alive=lambda: True, pause=0.1):

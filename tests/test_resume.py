@@ -75,24 +75,6 @@ def assert_clean(folder):
     assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp")]
 
 
-@pytest.fixture
-def stop_after(monkeypatch):
-    """stop_after(n, signal): the process gets the signal in its n-th step from now on."""
-
-    def stop(n, number=signal.SIGTERM):
-        def step(*arguments):
-            step.n += 1
-            if step.n == n:
-                signal.raise_signal(number)
-            return whole(*arguments)
-
-        step.n = 0
-        monkeypatch.setattr(train, "train_step", step)
-
-    whole = train.train_step
-    return stop
-
-
 @pytest.mark.parametrize(
     "settings",
     [
