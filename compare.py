@@ -32,13 +32,21 @@ from typing import NamedTuple
 
 import torch
 
-import checkpoint
 import data
-import pictures
-import report
 import vit
-from config import Config, Parser, check, check_rank, check_sizes, flag, parse, refuse_changes
-from record import Stopped
+from engine import checkpoint, images, pictures, report
+from engine.adapt import ADAPTERS, adapt
+from engine.config import (
+    Config,
+    Parser,
+    check,
+    check_rank,
+    check_sizes,
+    flag,
+    parse,
+    refuse_changes,
+)
+from engine.run import Stopped
 
 HERE = Path(__file__).parent
 # Where the search for a learning rate begins, in units of --lr: a head alone takes larger steps than
@@ -253,7 +261,7 @@ def variants(config: Config, options) -> tuple[list[Variant], list[Variant]]:
     main, beside = [], []
     rank = 4 if 4 in options.ranks else min(options.ranks)
     for method in options.methods:
-        if method not in checkpoint.ADAPTERS:
+        if method not in ADAPTERS:
             main.append(Variant(method))
             continue
         main += [Variant(method, r, config.adapter_dropout) for r in options.ranks]
@@ -329,12 +337,12 @@ def ready(config: Config, options) -> data.Dataset:
     check_sizes(config, dataset)
     c, classes = config, len(dataset.classes)
     model, preprocessing = vit.build(c.model, c.weights, classes, c.image_size, c.head_dropout)
-    if set(options.methods) & set(checkpoint.ADAPTERS):
-        checkpoint.adapt(model, "lora", max(options.ranks), targets=c.targets)
+    if set(options.methods) & set(ADAPTERS):
+        adapt(model, "lora", max(options.ranks), targets=c.targets)
         check_rank(replace(c, rank=max(options.ranks)), model)
     for split in filter(None, (dataset.train, dataset.val, dataset.test)):
         folder = c.cache_dir or Path(c.out) / "cache"
-        data.keep(split, folder, preprocessing["image_size"], c.cache, c.workers)
+        images.keep(split, folder, preprocessing["image_size"], c.cache, c.workers)
     Path(c.out).mkdir(parents=True, exist_ok=True)
     return dataset
 

@@ -1,46 +1,107 @@
-"""Batches of images on the device, out of a data set that sources.py found.
+"""Data sets: where each lies, how its files are laid out, and how it is split.
 
-    dataset = load("tiny-imagenet")
-    keep(dataset.train, "runs/cache")
-    for images, labels in batches(dataset.train, 64, preprocessing, "cuda", train=True):
-        ...                            # float32 (64, 3, size, size), normalised, and int64 (64,)
+    dataset = load("food101", "data", limit=1000)
+    dataset.classes, dataset.train, dataset.val          # files or pixels, nothing decoded yet
 
-There are two paths. Small images (all of one size, at most 96 pixels) are decoded once by keep and lie as
-uint8 in one file; a GPU is given those of a batch as they are, and crops, flips, resizes and normalises
-them. Other images are read one by one, in worker processes: decoded at the smallest scale that the crop
-needs, or, kept with cache=True, cut out of one file; the device normalises. Small images for a CPU go that
-way too, as there is no device to spare. In both, each image has a crop and a flip of its own, drawn in the
-main process: the same seed gives the same batches for any number of workers.
-
-A file that cannot be decoded is replaced by the next one of its split that can, with a warning.
+A new data set is a function that takes the folder it was told (or None), returns (splits, classes), and
+has its line in SOURCES.
 """
 
+import csv
+import gzip
 import hashlib
 import json
-import math
 import os
-import shutil
-import signal
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import pickle
+import re
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
-from tqdm import tqdm
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.models import ViT_B_16_Weights
 
-from checkpoint import atomic, remove_temporaries
-from sources import SOURCES, Dataset, Split, even_rows, load
+from engine.images import Crops, Split, ignore_interrupts, stand_in, usable
 
-__all__ = ["SOURCES", "Dataset", "Split", "batches", "even_rows", "keep", "load", "progress"]
+ASSETS = Path(__file__).parent / "assets"
+PICTURES = (".heic", ".heif", ".avif", ".gif", ".jfif", ".jp2", ".svg")  # that are not read
 
-SMALL = 96  # pixels: up to this side a data set is decoded once and kept
-ORIENTATION = 0x0112  # the EXIF tag
+
+@dataclass
+class Dataset:
+    """The splits of a data set; label i is classes[i]."""
+
+    classes: list[str]
+    train: Split
+    val: Split
+    test: Split | None = None
+
+
+def load(
+    name: str,
+    data_dir: str | None = None,
+    limit: int | None = None,
+    classes: str | list[str] | None = None,
+    download: bool = False,
+    holdout: float = 0.0,
+) -> Dataset:
+    """Find a data set: its classes, and the files or pixels of its splits. Nothing is decoded yet.
+
+    name: one of SOURCES.
+    data_dir: where it lies (or a folder above it); None searches ./data and /kaggle/input.
+    limit: at most this many images of each split, of every class as many or one fewer.
+    classes: keep the images of these classes only; the list of classes stays whole.
+    download: fetch it into data_dir (or ./data) if it is not there; food101 and cifar100 can be.
+    holdout: fraction of the training images, after classes and limit, that validates instead of what
+        the data set has for that; which becomes the test split, where there is none.
+
+    Raises FileNotFoundError if it is not there, ValueError for what is wrong with it or the arguments.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"dataset {name!r}: expected one of {', '.join(SOURCES)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit {limit}: expected at least 1 image of each split")
+    if download and name not in DOWNLOADS:
+        raise ValueError(f"--download: {name} cannot be; expected one of {', '.join(DOWNLOADS)}")
+    try:
+        splits, names = SOURCES[name](data_dir)
+    except FileNotFoundError:
+        if not download:
+            raise
+        fetch(name, data_dir or "data")
+        splits, names = SOURCES[name](data_dir or "data")
+    wanted = classes.split(",") if isinstance(classes, str) else classes or []
+    wanted = [name.strip() for name in wanted if name.strip()]
+    for unknown in sorted(set(wanted) - set(names)):
+        near = get_close_matches(unknown, names, n=3) or names[:3]
+        raise ValueError(f"classes: {name} has no {unknown!r}; did you mean {', '.join(near)}?")
+    chosen = np.isin(names, wanted or names)
+    every, taken = splits["train"], {}  # every training image; the rows of each split that stay
+    for key, split in splits.items():
+        rows = np.flatnonzero(chosen[split.labels])
+        taken[key] = rows[even_rows(split.labels[rows], limit)] if limit else rows
+        splits[key] = split.rows(taken[key])
+    if holdout:
+        # The keys of the whole split: an image is held out or not whatever --classes says.
+        keys = relative(every.files) if every.files else [*map(str, range(len(every)))]
+        train = splits["train"]
+        kept, held = stratified([keys[row] for row in taken["train"]], train.labels, [1 - holdout])
+        splits.setdefault("test", splits["val"])
+        splits |= {"train": train.rows(kept), "val": train.rows(held)}
+    for key, split in splits.items():
+        if not len(split):
+            why = "check --classes" if wanted else "to be split, a class needs two images or more"
+            raise ValueError(f"{name}: its {key} split has no image; {why}")
+    return Dataset(names, **splits)
 
 
 def batches(
@@ -113,454 +174,415 @@ def batches(
         yield images, labels.to(device)
 
 
-def ignore_interrupts(worker: int) -> None:
-    """In a worker process: ctrl-C reaches it too, but the run wants its last batches before it stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def class_ranks(labels: np.ndarray) -> np.ndarray:
+    """For each row, how many rows of its class stand before it."""
+    order = np.argsort(labels, kind="stable")
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    return ranks
 
 
-class Crops(TorchDataset):
-    """A crop of an image for each (row, draws): five numbers in 0..1 for its area, ratio, horizontal
-    and vertical place and flip, or None for the centre. Runs in worker processes."""
-
-    def __init__(
-        self, split: Split, preprocessing: dict, min_crop: float = 1.0, flip: bool = False
-    ):
-        self.split, self.min_crop, self.flip = split, min_crop, flip
-        self.size, self.centre = preprocessing["image_size"], preprocessing["crop"]
-        mean, std = (255 * torch.tensor(preprocessing[key]) for key in ("mean", "std"))
-        self.scale, self.shift = 1 / std, -mean / std
-
-    def box(self, draws: list[float] | None, height: int, width: int) -> tuple[tuple, bool]:
-        """(left, top, width, height) in pixels, and whether to flip."""
-        if draws is None:
-            return centre_box(height, width, self.centre), False
-        flip = self.flip and draws[4] < 0.5
-        if self.min_crop < 1:
-            return random_box(draws, height, width, self.min_crop), flip
-        return centre_box(height, width, self.centre), flip
-
-    def __getitem__(self, wanted: tuple) -> torch.Tensor | tuple:
-        """uint8 (size, size, 3); or (row, draws, what is wrong with the file)."""
-        row, draws = wanted
-        if self.split.pixels is not None:
-            pixels = self.split.pixels[row]
-            box, flip = self.box(draws, *pixels.shape[:2])
-            return resize_crop(pixels, box, flip, self.size)
-        try:
-            with opened(self.split.files[row]) as image:
-                if image.format == "JPEG":
-                    # On its side, its width is its height.
-                    turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-                    width, height = image.size[::-1] if turned else image.size
-                    box, flip = self.box(draws, height, width)
-                    # It decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop has size.
-                    sides = zip((width, height), box[2:], strict=True)
-                    need = [math.ceil(self.size * side / part) for side, part in sides]
-                    image.draft("RGB", need[::-1] if turned else need)
-                    image = upright_rgb(image)
-                else:
-                    image = upright_rgb(image)
-                    width, height = image.size
-                    box, flip = self.box(draws, height, width)
-        except ValueError as error:
-            return row, draws, str(error)
-        if image.width != width:  # a box of whole pixels would be too coarse at a smaller scale
-            share = image.width / width
-            left, top, wide, high = (side * share for side in box)
-            right, bottom = min(left + wide, image.width), min(top + high, image.height)
-            target = self.size, self.size
-            image = image.resize(target, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
-            box = 0, 0, *target
-        left, top, wide, high = box
-        pixels = np.array(image.crop((left, top, left + wide, top + high)))
-        return resize_crop(pixels, (0, 0, wide, high), flip, self.size)
-
-    def readable(self, wanted: tuple) -> torch.Tensor:
-        """As __getitem__, with the next image that can be read in the place of one that cannot."""
-        item = self[wanted]
-        while isinstance(item, tuple):
-            row, draws, reason = item
-            mark_bad(self.split, row, reason)
-            item = self[stand_in(self.split, row), draws]
-        return item
-
-    def collate(self, items: list) -> tuple[torch.Tensor, dict]:
-        """The batch, uint8 (B, size, size, 3), and by their places in it those that cannot be read."""
-        errors = {i: item for i, item in enumerate(items) if isinstance(item, tuple)}
-        blank = torch.zeros(self.size, self.size, 3, dtype=torch.uint8)
-        return torch.stack([blank if i in errors else x for i, x in enumerate(items)]), errors
-
-    def mend(self, images: torch.Tensor, errors: dict) -> torch.Tensor:
-        """What collate returned, with other images in the places of those that cannot be read."""
-        for i, (row, draws, reason) in errors.items():
-            mark_bad(self.split, row, reason)
-            images[i] = self.readable((stand_in(self.split, row), draws))
-        return images
-
-    def on_device(self, wanted: list, device: torch.device) -> torch.Tensor:
-        """The same crops as __getitem__'s, of small images, resized and normalised on the device."""
-        rows, draws = zip(*wanted, strict=True)
-        images = torch.from_numpy(self.split.pixels[list(rows)])  # (B, H, W, 3)
-        boxes, flips = zip(*(self.box(d, *images.shape[1:3]) for d in draws), strict=True)
-        boxes, flips = torch.tensor(boxes).T, torch.tensor(flips)
-        if device.type == "cuda":
-            images = images.pin_memory()
-        images = self.normalise(images.to(device, non_blocking=device.type == "cuda"))
-        return resize(images, boxes.to(device), flips.to(device), self.size)
-
-    def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), of mean 0 and deviation 1, channels last in memory."""
-        scale, shift = (values.to(images.device) for values in (self.scale, self.shift))
-        return (images * scale + shift).permute(0, 3, 1, 2)
-
-    def on_cpu(self, images: Iterable[torch.Tensor], count: int) -> torch.Tensor:
-        """The same, each image at once while it is in the processor's cache, in rows of pixels and channels
-        together, and in one thread: for so little, more of them only wait for each other."""
-        scale, shift = (values.repeat(self.size) for values in (self.scale, self.shift))
-        batch = torch.empty(count, self.size, self.size * 3)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for rows, image in zip(batch, images, strict=True):
-                rows.copy_(image.flatten(1)).mul_(scale).add_(shift)
-        finally:
-            torch.set_num_threads(threads)
-        return batch.view(count, self.size, self.size, 3).permute(0, 3, 1, 2)
+def even_rows(labels: np.ndarray, limit: int) -> np.ndarray:
+    """Rows of at most limit images: the first of every class, then the second of every class, ..."""
+    return np.sort(np.lexsort((labels, class_ranks(labels)))[:limit])
 
 
-def random_box(draws: list[float], height: int, width: int, min_crop: float) -> tuple:
-    """A random-resized-crop box: left, top, width, height in pixels.
+def stratified(names: list[str], labels: np.ndarray, shares: list[float]) -> list[np.ndarray]:
+    """Split rows so that each class is split in these shares; what is left makes one part more. The
+    first part has an image of every class, also of one too small to be split.
 
-    The area is uniform in min_crop..1 of the image and width / height log-uniform in 3/4..4/3, as in
-    torchvision's RandomResizedCrop; a box that would stick out shrinks, where torchvision draws anew.
+    Within a class the order is that of a hash of each name: it does not depend on where the data lies
+    (see relative), on the order of listing, or on a version of a random generator.
     """
-    area = height * width * (min_crop + (1 - min_crop) * draws[0])
-    ratio = math.exp((2 * draws[1] - 1) * math.log(4 / 3))
-    wide = min(math.sqrt(area * ratio), ratio * height, width)
-    high = wide / ratio
-    return fit_box(
-        [draws[2] * (width - wide), draws[3] * (height - high), wide, high], width, height
-    )
+    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names]
+    by_hash = np.argsort([digest.hexdigest() for digest in hashes])
+    ranks, sizes = np.empty(len(labels), np.int64), np.bincount(labels)
+    ranks[by_hash] = class_ranks(labels[by_hash])
+    ends = [np.floor(sizes * share + 1e-9).clip(1)[labels] for share in np.cumsum(shares)]
+    part = sum((ranks >= end).astype(int) for end in ends)
+    return [np.flatnonzero(part == k) for k in range(len(shares) + 1)]
 
 
-def centre_box(height: int, width: int, share: float) -> tuple:
-    """The centred square whose side is this share of the shorter side: see random_box."""
-    side = share * min(height, width)
-    return fit_box([(width - side) / 2, (height - side) / 2, side, side], width, height)
+def relative(files: list[str]) -> list[str]:
+    """The paths from the folder that holds them all, with / between their parts, and accents as all
+    systems but macOS write them."""
+    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    paths = (file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files)
+    return [unicodedata.normalize("NFC", path) for path in paths]
 
 
-def fit_box(box: list[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """The box in whole pixels, at least one wide and high, inside the image."""
-    wide, high = (
-        min(max(round(side), 1), most) for side, most in zip(box[2:], (width, height), strict=True)
-    )
-    return min(round(box[0]), width - wide), min(round(box[1]), height - high), wide, high
+def find(title: str, data_dir: str | None, fits: Callable[[Path], bool], needs: str) -> Path:
+    """The first folder that fits, in data_dir or else in the known places, at most five levels down."""
+    roots = [Path(data_dir)] if data_dir else [Path("data"), Path("/kaggle/input")]
+    level = [root for root in roots if root.is_dir()]
+    for _ in range(6):
+        for folder in level:
+            if fits(folder):
+                print(f"{title}: {folder}")
+                return folder
+        below = [subfolders(folder) for folder in level]
+        # Where there are very many, they are the classes of some data set: no use to look inside.
+        level = [child for children in below if len(children) <= 100 for child in children]
+    looked = " and ".join(str(root.absolute()) for root in roots)
+    raise FileNotFoundError(f"{title} not found: looked in and below {looked} for {needs}")
 
 
-def resize_crop(pixels: np.ndarray, box: tuple, flip: bool, size: int) -> torch.Tensor:
-    """A crop of one image, uint8 (H, W, 3) -> (size, size, 3), with PIL's bilinear filter."""
-    left, top, wide, high = box
-    crop = torch.from_numpy(pixels[top : top + high, left : left + wide])[None]
-    crop = (crop.flip(2) if flip else crop).permute(0, 3, 1, 2)  # channels last: twice as fast
-    crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
-    return crop[0].permute(1, 2, 0)
-
-
-def resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int):
-    """Resize a box of its own in each image of a batch, (B, C, H, W) -> (B, C, size, size).
-
-    A resize is linear: rows and columns are each multiplied by a matrix of weights, and to flip is to
-    reverse one of them. The weights are those of PIL's bilinear filter, which averages as it shrinks.
-    boxes: (4, B), left, top, width, height in pixels.
-    """
-    left, top, wide, high = boxes.to(images.dtype)
-    down = resize_matrix(top, high, images.shape[-2], size)  # (B, size, H)
-    across = resize_matrix(left, wide, images.shape[-1], size)  # (B, size, W)
-    across = torch.where(flips[:, None, None], across.flip(1), across)
-    return down[:, None] @ images @ across[:, None].mT
-
-
-def resize_matrix(start: torch.Tensor, length: torch.Tensor, pixels: int, size: int):
-    """Weights (B, size, pixels) with which each of size outputs averages the pixels of its box."""
-    step = (length / size)[:, None]  # (B, 1) input pixels to an output
-    centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step
-    place = torch.arange(pixels, device=start.device) + 0.5
-    weights = 1 - (place - centre[..., None]).abs() / step.clamp(min=1)[..., None]
-    inside = (place > start[:, None]) & (
-        place < (start + length)[:, None]
-    )  # a crop ends at its edge
-    weights = weights.clamp(min=0) * inside[:, None]
-    return weights / weights.sum(-1, keepdim=True)
-
-
-@contextmanager
-def opened(path: str) -> Iterator[Image.Image]:
-    """An image file, open. Whatever goes wrong with it comes as a ValueError that names it."""
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones; none of a folder that may not be read."""
     try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:  # PIL meets broken files with errors of any type
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"{path}: cannot be read ({reason})") from None
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return []
+    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+    return [folder / name for name in sorted(names)]
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image, turned as its EXIF tag says, as RGB."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # 0..65535, which convert would cut off at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # of no known range
-        raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits a channel")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def images_below(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The image files in a folder and the folders below, sorted, and the other files; no hidden ones."""
+    there = sorted(
+        os.path.join(path, file)
+        for path, _, files in os.walk(folder)
+        for file in files
+        if not file.startswith(".")
+    )
+    images = [file for file in there if file.lower().endswith(IMG_EXTENSIONS)]
+    return images, [file for file in there if not file.lower().endswith(IMG_EXTENSIONS)]
 
 
-def stand_in(split: Split, row: int) -> int:
-    """The row itself, or the next one after it that can be read."""
-    if len(split.bad) == len(split):
+def list_classes(root: Path, classes: list[str], may_lack: bool = False):
+    """The image files below root/<class>/ of each class, sorted, and their labels."""
+    files, labels, other = [], [], Counter()
+    for label, name in enumerate(classes):
+        found, rest = images_below(root / name)
+        other.update(os.path.splitext(file)[1].lower() for file in rest)
+        if not found and not may_lack:
+            known = ", ".join(IMG_EXTENSIONS)
+            raise ValueError(
+                f"{root / name}: no images ({known}); put some in or remove the folder"
+            )
+        files += found
+        labels += [label] * len(found)
+    if left := {ending: other[ending] for ending in PICTURES if other[ending]}:
+        print(f"{root}: left out {left}; save such pictures as .jpg or .png")
+    return files, np.array(labels, np.int64)
+
+
+def demo(data_dir: str | None):
+    """10,000 digits of MNIST: for each class 400 to train, 200 to validate, the rest to test."""
+    if data_dir:
         raise ValueError(
-            f"none of the {len(split)} images can be read: {next(iter(split.bad.values()))}"
+            f"--data-dir {data_dir}: the demo's digits lie in assets/; did you mean --dataset folder?"
         )
-    while row in split.bad:
-        row = (row + 1) % len(split)
-    return row
+    pixels, labels = (
+        read_idx(ASSETS, f"digits-{part}-ubyte") for part in ("images-idx3", "labels-idx1")
+    )
+    ranks = class_ranks(labels)
+    splits = {"train": ranks < 400, "val": (ranks >= 400) & (ranks < 600), "test": ranks >= 600}
+    classes = "zero one two three four five six seven eight nine".split()
+    return {
+        key: Split(labels[chosen], pixels=pixels[chosen]) for key, chosen in splits.items()
+    }, classes
 
 
-def mark_bad(split: Split, row: int, reason: str) -> None:
-    """Note that a row cannot be read and warn of it, once; ValueError if there are too many."""
-    if row in split.bad:
-        return
-    split.bad[row] = reason
-    tqdm.write(f"{reason}; another image takes its place", file=sys.stderr)
-    if len(split.bad) >= 10 and len(split.bad) > len(split) / 100:
-        files = ", ".join(split.files[row] for row in sorted(split.bad))
-        raise ValueError(
-            f"{len(split.bad)} of {len(split)} images cannot be read, which is over 1 %; mend or remove "
-            f"them: {files}"
-        )
+def fashion_mnist(data_dir: str | None):
+    """60,000 and 10,000 clothes, 28 x 28, which the embedded trunk was pretrained on."""
+    names = {
+        (split, part): f"{prefix}-{part}-ubyte"
+        for split, prefix in (("train", "train"), ("val", "t10k"))
+        for part in ("images-idx3", "labels-idx1")
+    }
+    root = find(
+        "Fashion-MNIST",
+        data_dir,
+        lambda folder: all(idx_file(folder, name) for name in names.values()),
+        f"a folder with {', '.join(names.values())}, gzipped or not; get them from "
+        "https://github.com/zalandoresearch/fashion-mnist",
+    )
+    found = {key: read_idx(root, name) for key, name in names.items()}
+    splits = {
+        key: Split(found[key, "labels-idx1"], pixels=found[key, "images-idx3"])
+        for key in ("train", "val")
+    }
+    clothes = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+    return splits, clothes.split(",")
 
 
-class Kept:
-    """Decoded images of many sizes, one behind the other in one file: kept[row] is uint8 (H, W, 3), and
-    kept[rows] those images alone."""
-
-    def __init__(
-        self, source: Path | np.ndarray, sizes: np.ndarray, starts: np.ndarray | None = None
-    ):
-        self.source, self.sizes, self.bytes = source, sizes, None  # (N, 2): height, width
-        lengths = sizes.prod(1) * 3
-        self.starts = np.cumsum(lengths) - lengths if starts is None else starts
-
-    def __getitem__(self, row):
-        if isinstance(row, np.ndarray):
-            return Kept(self.source, self.sizes[row], self.starts[row])
-        if self.bytes is None:  # each process opens the file itself
-            self.bytes = opened_bytes(self.source)
-        start, (high, wide) = self.starts[row], self.sizes[row]
-        return self.bytes[start : start + 3 * high * wide].reshape(high, wide, 3)
-
-    def __getstate__(self) -> dict:
-        return {**vars(self), "bytes": None}
+def idx_file(folder: Path, name: str) -> Path | None:
+    there = (folder / name, folder / f"{name}.gz")
+    return next((path for path in there if path.is_file()), None)
 
 
-def opened_bytes(source: Path | np.ndarray) -> np.ndarray:
-    # Mode c: torch wants arrays that may be written, and nothing that is written reaches the file.
-    # asarray: a slice of a plain array is quicker than one of a memmap.
-    return np.asarray(np.memmap(source, np.uint8, "c")) if isinstance(source, Path) else source
-
-
-def keep(
-    split: Split,
-    folder: str | Path,
-    size: int = 224,
-    cache: bool = False,
-    workers: int | None = None,
-    small: bool | None = None,
-) -> None:
-    """Decode a split once and for all into a file in the folder, or find it there: small images always,
-    others if cache says so, resized so that evaluation's centre crop needs no more.
-
-    The file is known by the paths in the split, and made anew if the size or time of one has changed. If
-    it cannot be written, small images are kept in memory and others are decoded each time, with a warning.
-
-    size: pixels of a side that the model wants; images are kept with a shorter side of 256 / 224 of it.
-    workers: processes that decode; None for one per usable core.
-    small: whether to take the images for small ones; None for what the first of them is.
-    Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
-    """
-    if split.pixels is not None:
-        return
-    first = first_size(split.files)
-    small = max(first) <= SMALL if small is None else small
-    if not small and not cache:
-        return
-    side = None if small else round(size * 256 / 224)
-    whole = Whole(split.files, side, blank=first if small else (1, 1))
-    source = Path(folder) / f"{whole.name()}.pixels"
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """An idx file of bytes, gzipped or not: grey images as uint8 (N, H, W, 3), or int64 labels (N,)."""
+    path = idx_file(folder, name)
+    content = path.read_bytes()
     try:
-        index = read_index(source, whole) or write_pixels(source, whole, workers)
-    except TooLarge:  # a photograph among icons
-        if cache:
-            keep(split, folder, size, True, workers, small=False)
-        return
-    except OSError as error:
-        instead = "they are kept in memory" if small else "they are decoded in each epoch"
-        tqdm.write(
-            f"{source}: the images cannot be kept there ({error}); {instead}", file=sys.stderr
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        sides = content[3]  # how many dimensions; then each as a big-endian int32
+        shape = np.frombuffer(content, ">i4", sides, offset=4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * sides).reshape(shape)
+    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole idx file ({error}); get it again") from None
+    return values[..., None].repeat(3, -1) if sides > 1 else values.astype(np.int64)
+
+
+def tiny_imagenet(data_dir: str | None, official: bool = False):
+    """The labelled 100,000 of Tiny-ImageNet as 80,000 train, 10,000 val, 10,000 test: 400/50/50 a class.
+
+    official: test is the data set's own validation folder, which published figures are of.
+    """
+    root = find(
+        "Tiny-ImageNet",
+        data_dir,
+        lambda folder: (folder / "wnids.txt").is_file() and (folder / "train").is_dir(),
+        "a folder with wnids.txt and train/; get http://cs231n.stanford.edu/tiny-imagenet-200.zip, "
+        "unzip it in ./data or name its folder with --data-dir (on Kaggle: Add Input, Tiny ImageNet)",
+    )
+    ids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
+    files, labels = list_classes(root / "train", ids)
+    parts = stratified(relative(files), labels, [0.8, 0.1])
+    everything = Split(labels, files)
+    splits = dict(zip(("train", "val", "test"), map(everything.rows, parts), strict=True))
+    if official:
+        lines = (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [line.split("\t")[:2] for line in lines]
+        splits["test"] = Split(
+            np.array([ids.index(wnid) for _, wnid in pairs]),
+            [str(root / "val" / "images" / file) for file, _ in pairs],
         )
-        if not small:
-            return
-        parts = []
-        index = whole.decode(workers, parts.append)
-        source = np.concatenate(parts)
-    for row, reason in index["bad"].items():
-        mark_bad(split, int(row), reason)
-    sizes = np.array(index["sizes"], np.int64)
-    if small and (sizes == first).all():
-        split.pixels = opened_bytes(source).reshape(len(split), *first[::-1], 3)
+    return splits, readable_names(ids, root / "words.txt", "\t")
+
+
+def tiny_imagenet_official(data_dir: str | None):
+    return tiny_imagenet(data_dir, official=True)
+
+
+def readable_names(ids: list[str], words: Path, between: str) -> list[str]:
+    """The first word that a list of WordNet's ids and words has for each id; the id too where two
+    share it."""
+    if not words.is_file():
+        return ids
+    lines = words.read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(between, 1) for line in lines if between in line)
+    word = {key: names.split(",")[0].strip() for key, names in pairs}
+    return told_apart([word.get(key, key) for key in ids], ids)
+
+
+def told_apart(names: list[str], ids: list[str]) -> list[str]:
+    """The names, with the id behind each that is not the only one of its name."""
+    shared = {name for name, count in Counter(names).items() if count > 1}
+    return [f"{n} {key}" if n in shared else n for n, key in zip(names, ids, strict=True)]
+
+
+def food101(data_dir: str | None):
+    """75,750 photographs to train and 25,250 to validate: torchvision's layout, or Kaggle's food41."""
+
+    def lists(root: Path) -> Path | None:
+        """The folder with train.json and test.json."""
+        places = (root / "meta", root / "meta" / "meta")  # the second is Kaggle's
+        return next((place for place in places if (place / "train.json").is_file()), None)
+
+    root = find(
+        "Food-101",
+        data_dir,
+        lambda folder: lists(folder) is not None and (folder / "images").is_dir(),
+        "a folder with images/ and meta/train.json; add --download to fetch it (5 GB), or name its "
+        "folder with --data-dir (on Kaggle: Add Input, Food 101 or food41)",
+    )
+    listed = {
+        key: json.loads((lists(root) / f"{part}.json").read_text(encoding="utf-8"))
+        for key, part in (("train", "train"), ("val", "test"))
+    }
+    classes = sorted(listed["train"])
+    if lacking := [name for name in classes if not (root / "images" / name).is_dir()]:
+        raise ValueError(
+            f"{root / 'images'}: {len(lacking)} classes are not there, the first {lacking[0]}; the data set "
+            "is not whole: remove it and get it again"
+        )
+    splits = {
+        key: Split(
+            np.repeat(np.arange(len(classes)), [len(names[name]) for name in classes]),
+            [str(root / "images" / f"{image}.jpg") for name in classes for image in names[name]],
+        )
+        for key, names in listed.items()
+    }
+    return splits, classes
+
+
+def cifar100(data_dir: str | None):
+    """The 50,000 of CIFAR-100's training file as 45,000 train and 5,000 val; its 10,000 test."""
+    root = find(
+        "CIFAR-100",
+        data_dir,
+        lambda folder: all((folder / name).is_file() for name in ("train", "test", "meta")),
+        "a folder cifar-100-python with train, test and meta; add --download to fetch it (170 MB)",
+    )
+    train, test, meta = (read_pickle(root / name) for name in ("train", "test", "meta"))
+
+    def split(part: dict) -> Split:
+        pixels = np.asarray(part["data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return Split(np.array(part["fine_labels"], np.int64), pixels=np.ascontiguousarray(pixels))
+
+    whole = split(train)
+    parts = map(whole.rows, stratified(train["filenames"], whole.labels, [0.9]))
+    splits = dict(zip(("train", "val"), parts, strict=True))
+    return splits | {"test": split(test)}, list(meta["fine_label_names"])
+
+
+class ArraysOnly(pickle.Unpickler):
+    """Reads what CIFAR's files hold, and nothing that could run code."""
+
+    ALLOWED = re.compile(r"numpy(\._?core\.(multiarray|numeric))?:(_reconstruct|ndarray|dtype)")
+
+    def find_class(self, module, name):
+        if not self.ALLOWED.fullmatch(f"{module}:{name}"):
+            raise pickle.UnpicklingError(f"it calls {module}.{name}, which no image needs")
+        return super().find_class(module, name)
+
+
+def read_pickle(path: Path) -> dict:
+    try:
+        with open(path, "rb") as file:
+            return ArraysOnly(file, encoding="latin1").load()
+    except Exception as error:  # an unpickler meets wrong bytes with errors of any type
+        raise ValueError(f"{path}: not one of CIFAR's files ({error}); get it again") from None
+
+
+def imagenet(data_dir: str | None):
+    """ImageNet-1k: train/<id>/ and val/<id>/, or Kaggle's ILSVRC/Data/CLS-LOC with its flat val/."""
+
+    def fits(folder: Path) -> bool:
+        tiny = (folder / "wnids.txt").exists()
+        if tiny or not all((folder / part).is_dir() for part in ("train", "val")):
+            return False
+        first = subfolders(folder / "train")[:1]
+        return bool(first) and re.fullmatch(r"n\d{8}", first[0].name) is not None
+
+    root = find(
+        "ImageNet",
+        data_dir,
+        fits,
+        "a folder with train/n01440764/... and val/; get it from https://image-net.org and name its "
+        "folder with --data-dir (on Kaggle: Add Input, ImageNet Object Localization Challenge)",
+    )
+    ids = [path.name for path in subfolders(root / "train")]
+    files, labels = list_classes(root / "train", ids)
+    if subfolders(root / "val"):
+        val_files, val_labels = list_classes(root / "val", ids, may_lack=True)
     else:
-        split.pixels = Kept(source, sizes)
+        solution = beside(root, "LOC_val_solution.csv")
+        with open(solution, newline="") as file:
+            rows = [
+                (row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)
+            ]
+        val_files = [str(root / "val" / f"{image}.JPEG") for image, _ in rows]
+        number = {wnid: label for label, wnid in enumerate(ids)}
+        val_labels = np.array([number[wnid] for _, wnid in rows])
+    names = imagenet_names(root, ids)
+    return {"train": Split(labels, files), "val": Split(val_labels, val_files)}, names
 
 
-class TooLarge(Exception):
-    """An image among small ones is not small."""
+def beside(root: Path, name: str) -> Path:
+    """A file of Kaggle's, which lies up to three folders above Data/CLS-LOC's content."""
+    for folder in [root, *root.absolute().parents[:3]]:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(
+        f"{root / 'val'} is one flat folder, and {name}, which labels it, is neither in {root} nor in "
+        "the three folders above; put it there, or sort the images into a folder for each class"
+    )
 
 
-class Whole(TorchDataset):
-    """The whole image of each file: its shorter side at most so many pixels, or, with side None, as it is
-    if it is small. Runs in worker processes."""
-
-    def __init__(self, files: list[str], side: int | None, blank: tuple[int, int]):
-        self.files, self.side, self.blank = files, side, blank  # width, height where one is bad
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, row: int) -> np.ndarray | str:
-        """uint8 (H, W, 3), or what is wrong with the file."""
-        try:
-            with opened(self.files[row]) as image:
-                large = self.side is None and max(image.size) > SMALL
-                if self.side:
-                    image.draft("RGB", (self.side, self.side))  # not below it
-                image = image if large else upright_rgb(image)
-        except ValueError as error:
-            return str(error)
-        if large:
-            raise TooLarge
-        if self.side and min(image.size) > self.side:
-            share = self.side / min(image.size)
-            wide, high = (max(self.side, round(length * share)) for length in image.size)
-            image = image.resize((wide, high), Image.Resampling.BILINEAR)
-        return np.array(image)
-
-    def collate(self, images: list) -> tuple[np.ndarray, list, list]:
-        """All bytes in a row, the (H, W) of each image, and what is wrong with each (or None)."""
-        errors = [image if isinstance(image, str) else None for image in images]
-        blank = np.zeros((*self.blank[::-1], 3), np.uint8)
-        images = [blank if error else image for image, error in zip(images, errors, strict=True)]
-        flat = np.concatenate([image.ravel() for image in images])
-        return torch.from_numpy(flat), [image.shape[:2] for image in images], errors
-
-    def decode(self, workers: int | None, write) -> dict:
-        """Decode all, write the bytes, and return the index: sizes, and bad, the reason for each row."""
-        few = len(self) < 1000  # read before a process has started
-        loader = DataLoader(
-            self,
-            batch_size=64,
-            num_workers=0 if few else usable(workers),
-            collate_fn=self.collate,
-            generator=torch.Generator(),
-        )
-        sizes, errors = [], []
-        for flat, some_sizes, some_errors in progress(loader, desc="decode", unit=" batches"):
-            write(flat.numpy())
-            sizes += some_sizes
-            errors += some_errors
-        return {"sizes": sizes, "bad": {str(row): e for row, e in enumerate(errors) if e}}
-
-    def name(self) -> str:
-        """Of the file for these paths and this side."""
-        text = "\n".join([str(self.side), *map(os.path.abspath, self.files)])
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-    def identity(self) -> str:
-        """Of what lies at the paths now: the size and time of each file."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            try:
-                stat = os.stat(file)
-                digest.update(b"%d %d," % (stat.st_size, stat.st_mtime_ns))
-            except OSError:
-                digest.update(b"missing,")
-        return digest.hexdigest()
-
-
-def read_index(path: Path, whole: Whole) -> dict | None:
-    """The index of a file of pixels, if it is there, whole, and of the images as they are now."""
+def imagenet_names(root: Path, ids: list[str]) -> list[str]:
     try:
-        index = json.loads(path.with_suffix(".json").read_text())
-        fits = path.stat().st_size == sum(3 * high * wide for high, wide in index["sizes"])
-        healed = any(not isinstance(whole[int(row)], str) for row in index["bad"])
-        return index if fits and index["identity"] == whole.identity() and not healed else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return readable_names(ids, beside(root, "LOC_synset_mapping.txt"), " ")
+    except FileNotFoundError:
+        if len(ids) == 1000:  # torchvision's list is in the order of the ids
+            return told_apart(ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"], ids)
+        return ids
 
 
-def write_pixels(path: Path, whole: Whole, workers: int | None) -> dict:
-    """Decode the images into a file with its index beside it, each in one piece; return the index.
-
-    Raises OSError, with nothing left behind, if they have no room or the folder cannot be written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(path.parent, idle=3600)
-    identity, needed = whole.identity(), expected_bytes(whole)
-    print(f"{len(whole):,} images are decoded into {path}: {needed / 1e9:.2f} GB", flush=True)
-    if needed > (free := shutil.disk_usage(path.parent).free):
-        raise OSError(f"{needed / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB are free")
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        index = {"identity": identity, **whole.decode(workers, file.write)}
-    with atomic(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(index))
-    return index
+VALIDATION, TESTS = ("val", "valid", "validation"), ("test", "testing")
 
 
-def expected_bytes(whole: Whole) -> int:
-    """What the decoded images will take, by the headers of a hundred of them."""
-    total, rows = 0, range(0, len(whole), -(-len(whole) // 100))
-    for row in rows:
-        try:
-            wide, high = first_size(whole.files[row : row + 1])
-        except ValueError:
-            wide, high = whole.blank
-        share = min(1, (whole.side or SMALL) / min(wide, high))
-        total += 3 * round(wide * share) * round(high * share)
-    return total * len(whole) // len(rows)
+def is_text(name: str) -> bool:
+    """False for a file's name that holds bytes which are no UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
-def first_size(files: list[str]) -> tuple[int, int]:
-    """Width and height of the first of the files that can be opened."""
-    for file in files:
-        try:
-            with opened(file) as image:
-                return image.size
-        except ValueError as error:
-            reason = error
-    raise ValueError(f"none of the {len(files)} images can be read: {reason}")
+def folder(data_dir: str | None):
+    """Class folders of one's own: DIR/train/cat/*.jpg and DIR/val/cat/*.jpg (or valid, or validation;
+    DIR/test/cat/*.jpg if there is one), or DIR/cat/*.jpg, of which one image in five validates."""
+    root = Path(data_dir or "")
+    if not data_dir or not root.is_dir():
+        raise FileNotFoundError(
+            f"--data-dir {data_dir}: no such folder; --dataset folder needs one with a folder for each class"
+        )
+    inside = {path.name.lower(): path for path in subfolders(root)}
+    split = "train" in inside and subfolders(inside["train"])  # else it is a class of trains
+    top = inside["train"] if split else root
+    classes = [path.name for path in subfolders(top)]
+    if len(classes) < 2 or (
+        not split and set(inside) <= {*VALIDATION, *TESTS, "train", "training"}
+    ):
+        found = " and ".join(classes) or "none"
+        hint = f"is it --data-dir {top / classes[0]}?" if len(classes) == 1 else "see README"
+        raise ValueError(
+            f"{top}: expected a folder of images for each class, found {found}; {hint}"
+        )
+    if wrong := next((name for name in classes if not is_text(name)), None):
+        raise ValueError(f"{top}: expected names in UTF-8, found {os.fsencode(wrong)}; rename it")
+    files, labels = list_classes(top, classes)
+    everything = Split(labels, files)
+    splits = {"train": everything}
+    for key, names in (("val", VALIDATION), ("test", TESTS)):
+        if place := next((inside[name] for name in names if split and name in inside), None):
+            there = subfolders(place)
+            if not there and key == "test":  # unlabelled, as a competition's is
+                continue
+            if not there:
+                raise ValueError(f"{place}: expected a folder for each class; sort it or remove it")
+            if unknown := [path for path in there if path.name not in classes]:
+                raise ValueError(
+                    f"{unknown[0]}: a class that {top} lacks; add it there or remove it"
+                )
+            part_files, part_labels = list_classes(place, classes, may_lack=True)
+            splits[key] = Split(part_labels, part_files)
+    if "val" not in splits:
+        rows = stratified(relative(files), labels, [0.8])
+        splits |= zip(("train", "val"), map(everything.rows, rows), strict=True)
+    return splits, classes
 
 
-def progress(iterable=None, **how) -> tqdm:
-    """A bar for somebody who watches, in a terminal or a notebook; a log file gets none."""
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    watched = watched and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
-    return tqdm(iterable, leave=False, disable=not watched, **how)
+SOURCES = {
+    "demo": demo,
+    "tiny-imagenet": tiny_imagenet,
+    "tiny-imagenet-official": tiny_imagenet_official,
+    "food101": food101,
+    "cifar100": cifar100,
+    "imagenet": imagenet,
+    "folder": folder,
+    "fashion-mnist": fashion_mnist,
+}
 
 
-def usable(workers: int | None) -> int:
-    """The number of worker processes: as asked, else one per core that this process may use."""
-    if workers is not None:
-        return workers
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: knows of taskset and containers
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
-    return min(8, max(1, cores // sharing))
+def fetch(name: str, root: str) -> None:
+    """Download a data set with torchvision. Raises OSError or ValueError if that fails."""
+    print(f"{name}: download to {Path(root).absolute()}", flush=True)
+    try:
+        DOWNLOADS[name](root)
+    except RuntimeError as error:
+        raise ValueError(f"--download: {name} did not arrive whole ({error}); try again") from None
+    except OSError as error:
+        raise OSError(f"--download: {name} cannot be fetched into {root}: {error}") from None
+
+
+def fetch_cifar100(root: str) -> None:
+    source = datasets.CIFAR100  # its constructor would unpickle what it fetched
+    download_and_extract_archive(source.url, root, filename=source.filename, md5=source.tgz_md5)
+
+
+DOWNLOADS = {
+    "food101": lambda root: datasets.Food101(root, download=True),
+    "cifar100": fetch_cifar100,
+}

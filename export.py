@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-import checkpoint
+import attention
 import vit
-from checkpoint import ADAPTERS
-from lora import merge
-from peft_folder import (
+from engine import checkpoint
+from engine.adapt import ADAPT, ADAPTERS, adapt
+from engine.files import atomic, optional_json, read_json, write_json
+from engine.peft_folder import (
     CONFIG,
     PREFIX,
     endings,
@@ -35,9 +36,9 @@ from peft_folder import (
     read_peft,
     save_peft,
     trained,
-    write_json,
     write_peft,
 )
+from lora import merge
 
 __all__ = [
     "from_peft",
@@ -102,7 +103,7 @@ def to_peft(
         if not base:
             (folder / "base").mkdir(exist_ok=True)
             write_json(folder / "base" / "config.json", config)
-            with checkpoint.atomic(folder / "base" / "model.safetensors") as temporary:
+            with atomic(folder / "base" / "model.safetensors") as temporary:
                 temporary.write_bytes(save(hf_trunk(model, name), {"format": "pt"}))
 
     write_peft(folder, info, endings(chosen, others), ["classifier"], both, where, beside)
@@ -183,7 +184,7 @@ def from_peft(
     model, preprocessing = vit.build(name, info["weights"], len(info["classes"]), size)
     settings = {"factor": -1, "decompose_both": False, **settings}
     settings["targets"] = targets_of(model, layers)
-    checkpoint.adapt(model, **settings)
+    adapt(model, **settings)
     names = names_in(tensors, name)
     fill({renamed(key, names): p for key, p in expected(model).items()}, tensors, folder)
     info |= {**settings, "trunk": checkpoint.fingerprint(model), "eps": model.encoder.ln.eps}
@@ -193,7 +194,7 @@ def from_peft(
 
 
 def targets_of(model: nn.Module, layers: list[str]) -> str:
-    """The targets of checkpoint.adapt that mean just these layers of a ViT without adapters."""
+    """The targets of adapt that mean just these layers of a ViT without adapters."""
     linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     others = [name for name, _ in model.named_modules() if name not in layers]
     return "all" if set(layers) == linear - {"heads.head"} else ",".join(endings(layers, others))
@@ -238,7 +239,7 @@ def names_in(tensors: dict, model: str) -> dict[str, str]:
 
 
 # What the adapter that a run starts from settles, unless a flag does.
-SETTLED = (*checkpoint.ADAPT, "model", "weights", "image_size")
+SETTLED = (*ADAPT, "model", "weights", "image_size")
 
 
 def start_settings(path: str | Path) -> dict:
@@ -254,7 +255,7 @@ def start_settings(path: str | Path) -> dict:
     try:
         weights = weights_of(Path(path))
     except ValueError:  # a model that is not here: train says so, unless it is given another
-        weights = str(vit.read_json(Path(path) / CONFIG).get("base_model_name_or_path"))
+        weights = str(read_json(Path(path) / CONFIG).get("base_model_name_or_path"))
     size = vit.preprocessing_in(Path(path)).get("image_size")
     return {**settings, "model": name, "weights": weights, "image_size": size}
 
@@ -296,7 +297,7 @@ def start(model: nn.Module, path: str | Path, classes: list[str]) -> tuple[str, 
 
 def weights_of(folder: Path) -> str:
     """The trunk that a PEFT folder was trained on, as vit.build takes it."""
-    base = vit.read_json(folder / CONFIG).get("base_model_name_or_path")
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if (folder / "base").is_dir():
         return str((folder / "base").absolute())  # what to_peft wrote, wherever the folder is now
     if base == vit.IN21K:
@@ -328,8 +329,8 @@ def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
 
 def labels_in(folder: Path) -> list[str]:
     """The class names that a folder holds, in order; none in one that PEFT wrote."""
-    labels = vit.optional_json(folder / "config.json").get("id2label") or {}
-    labels = vit.optional_json(folder / LABELS) or labels
+    labels = optional_json(folder / "config.json").get("id2label") or {}
+    labels = optional_json(folder / LABELS) or labels
     return [labels[key] for key in sorted(labels, key=int)]
 
 
@@ -345,8 +346,10 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
         raise FileNotFoundError(f"{Path(file).parent}: no such folder; make it first")
     model, info = checkpoint.load_adapter(path, weights)
     eps, size = model.encoder.ln.eps, info["preprocessing"]["image_size"]
-    state = {key: t.detach() for key, t in vit.join_attention(merge(model)).state_dict().items()}
-    with checkpoint.atomic(Path(file)) as temporary:
+    state = {
+        key: t.detach() for key, t in attention.join_attention(merge(model)).state_dict().items()
+    }
+    with atomic(Path(file)) as temporary:
         if Path(file).suffix == ".safetensors":
             temporary.write_bytes(save(state, {"format": "pt"}))
         else:

@@ -306,8 +306,8 @@ def replace_linear(
     if attention:
         warnings.warn(
             f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: left alone, "
-            "because it never calls its layers. Call vit.split_attention(model) first, if it is a ViT of "
-            "torchvision's, to adapt attention.",
+            "because it never calls its layers. Call attention.split_attention(model) first, if the model is "
+            "a ViT of torchvision's.",
             stacklevel=2,
         )
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])

@@ -21,12 +21,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import checkpoint
-import data
-import pictures
-from config import Parser
-from devices import keep_freed_memory, pick_device
-from sources import images_below
+from data import images_below
+from engine import checkpoint, pictures
+from engine.config import Parser
+from engine.devices import keep_freed_memory, pick_device
+from engine.images import Crops, Split, usable
 
 SHEET = 48  # images on a contact sheet, at most
 
@@ -54,10 +53,10 @@ def readable(
 
     A file that is no image is left out; what is wrong with it goes to bad.
     """
-    crops = data.Crops(data.Split(np.zeros(len(files), np.int64), files), preprocessing)
+    crops = Crops(Split(np.zeros(len(files), np.int64), files), preprocessing)
     chunks = torch.arange(len(files)).split(batch_size)
     asked = ([(row, None) for row in chunk.tolist()] for chunk in chunks)
-    workers = data.usable(workers)
+    workers = usable(workers)
     loader = DataLoader(crops, batch_sampler=asked, num_workers=workers, collate_fn=crops.collate)
     for chunk, (images, errors) in zip(chunks, loader, strict=True):
         bad += [reason for _, _, reason in errors.values()]

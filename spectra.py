@@ -16,10 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-import checkpoint
 import lokr
-from config import Parser
-from pictures import BLUE, NAMES, ORANGE, check_figure, entitle, shorten
+from engine import checkpoint
+from engine.adapt import ADAPTERS, relative_norms
+from engine.config import Parser
+from engine.pictures import BLUE, NAMES, ORANGE, check_figure, entitle, shorten
 
 # Okabe and Ito's, told apart without colour vision; the marks do so without any colour.
 MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
@@ -48,8 +49,8 @@ class Delta:
 def read(path: str, weights: str | None) -> tuple[nn.Module, dict]:
     """As load_adapter, for files that hold an adapter. ValueError for the others."""
     _, info = checkpoint.read_adapter(path)
-    if info["adapter"] not in checkpoint.ADAPTERS:
-        expected = ", ".join(checkpoint.ADAPTERS)
+    if info["adapter"] not in ADAPTERS:
+        expected = ", ".join(ADAPTERS)
         raise ValueError(
             f"{path}: adapter: expected one of {expected}, found {info['adapter']!r}, which has no delta W"
         )
@@ -58,7 +59,7 @@ def read(path: str, weights: str | None) -> tuple[nn.Module, dict]:
 
 def pick(path: str, model: nn.Module, layer: str | None) -> str:
     """The layer, or the one that its adapter has moved the most. ValueError if it is not adapted."""
-    norms = checkpoint.relative_norms(model)
+    norms = relative_norms(model)
     if layer and layer not in norms:
         there = ", ".join(norms)
         raise ValueError(f"--layer {layer}: not adapted in {path}; there are: {there}")

@@ -22,12 +22,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
 import data
 import export
 import vit
-from config import RECIPES, Config, begun, check, check_rank, check_sizes, named, parse
-from devices import (
+from engine import checkpoint
+from engine.adapt import ADAPT, adapt
+from engine.config import RECIPES, Config, begun, check, check_rank, check_sizes, named, parse
+from engine.devices import (
     Autocast,
     in_turn,
     join,
@@ -39,7 +40,8 @@ from devices import (
     spread,
     world,
 )
-from record import Progress, Run, Signals, Stopped, attempt, draw, make_folder, refuse_others
+from engine.images import Split, keep, progress
+from engine.run import Progress, Run, Signals, Stopped, attempt, draw, make_folder, refuse_others
 
 __all__ = ["RECIPES", "Config", "evaluate", "fit", "main", "parse", "prepare", "train"]
 
@@ -80,8 +82,8 @@ def prepare(config: Config) -> Run:
         model, preprocessing = vit.build(
             c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
         )
-        arguments = {key: getattr(config, key) for key in checkpoint.ADAPT}
-        trainable, total = checkpoint.adapt(
+        arguments = {key: getattr(config, key) for key in ADAPT}
+        trainable, total = adapt(
             model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
         )
         check_rank(config, model)
@@ -92,7 +94,7 @@ def prepare(config: Config) -> Run:
             preprocessing |= images
             print(said)
         for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
-            data.keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
+            keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
     info = {
         **arguments,
         "model": config.model,
@@ -156,7 +158,7 @@ def train_epoch(run: Run, forward: nn.Module, at: Progress, signals: Signals) ->
     run.model.train()
     batches = load_batches(run, split, train=True, epoch=at.epoch, start=first * per_step)
     bar = {"desc": f"epoch {at.epoch + 1}/{config.epochs}", "initial": first, "total": steps}
-    for step in data.progress(range(first, steps), **bar):
+    for step in progress(range(first, steps), **bar):
         lr = config.lr * (1 - at.done / (config.epochs * steps))
         at.optimizer.param_groups[0]["lr"] = lr
         # A step's dropout depends on its number alone: torchrun's processes draw unequal amounts, if their
@@ -266,7 +268,7 @@ def confusion(pairs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return counts.to(like.device)
 
 
-def load_batches(run: Run, split: data.Split, train: bool = False, epoch: int = 0, start: int = 0):
+def load_batches(run: Run, split: Split, train: bool = False, epoch: int = 0, start: int = 0):
     """The batches of a split as the run's config wants them."""
     c, preprocessing = run.config, run.info["preprocessing"]
     augment = {"train": train, "min_crop": c.min_crop, "flip": c.flip}
@@ -276,7 +278,7 @@ def load_batches(run: Run, split: data.Split, train: bool = False, epoch: int = 
     )
     if train:
         return batches  # the bar of an epoch counts steps
-    return data.progress(batches, desc="evaluate", total=-(-len(split) // c.batch_size))
+    return progress(batches, desc="evaluate", total=-(-len(split) // c.batch_size))
 
 
 def main(argv: list[str] | None = None) -> int:

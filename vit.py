@@ -1,13 +1,7 @@
-"""The trunk: torchvision's Vision Transformer with every attention projection a real nn.Linear.
-
-torchvision's nn.MultiheadAttention holds the query, key and value matrices in one raw parameter and
-reads out_proj.weight without calling out_proj. An adapter wrapped around out_proj is never run, and
-nothing says so. split_attention(model) turns each of them into an Attention of four nn.Linear with
-the same numbers; join_attention(model) goes back, so that a merged model loads into torchvision's own.
+"""The trunk: torchvision's Vision Transformer, with pretrained weights and a fresh head.
 
     model, preprocessing = build("vit_b_16", weights="imagenet1k", num_classes=200)
     model, preprocessing = build("vit_b_16", weights="in21k", num_classes=101)   # Hugging Face's
-    model = split_attention(torchvision.models.vit_b_16())       # or any ViT of torchvision's
 
 Dosovitskiy et al., An Image is Worth 16x16 Words, 2020, arXiv 2010.11929.
 """
@@ -19,11 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torchvision.models import VisionTransformer, ViT_B_16_Weights
 from torchvision.models.vision_transformer import interpolate_embeddings
+
+from attention import split_attention
+from engine.files import first_line, first_mismatch, optional_json, read_json, read_tensors
 
 MODELS = {
     "vit_b_16": {
@@ -52,8 +48,7 @@ PRETRAINED = {  # name: (torchvision's weights, preprocessing)
     "imagenet1k": (ViT_B_16_Weights.IMAGENET1K_V1, IMAGENET),
     "swag": (ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1, {**IMAGENET, "crop": 1.0}),
 }
-HERE = Path(globals().get("__file__", "vit.py")).parent  # a notebook's cell has no __file__
-EMBEDDED = HERE / "assets" / "vit_mini.safetensors"
+EMBEDDED = Path(__file__).parent / "assets" / "vit_mini.safetensors"
 NAMES = (*PRETRAINED, "in21k", "embedded", "none")  # of weights; anything else is a file or folder
 
 IN21K = "google/vit-base-patch16-224-in21k"
@@ -83,121 +78,6 @@ INSIDE = {  # a block
     "mlp.3": ("output.dense", "mlp.fc2", "mlp.fc2"),
 }
 LAYOUTS = {"hf": "encoder.layer.{}.", "hf5": "layers.{}.", "timm": "blocks.{}."}
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with its four projections as nn.Linear: query, key, value, out.
-
-    Called as torchvision's EncoderBlock calls nn.MultiheadAttention with batch_first=True: three
-    tensors (batch, tokens, dim), of which it returns (output of the same shape, None).
-    """
-
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True, **factory):
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.query = nn.Linear(dim, dim, bias, **factory)
-        self.key = nn.Linear(dim, dim, bias, **factory)
-        self.value = nn.Linear(dim, dim, bias, **factory)
-        self.out = nn.Linear(dim, dim, bias, **factory)
-
-    def forward(self, query, key, value, need_weights=False):
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, dim / heads)
-            for project, x in ((self.query, query), (self.key, key), (self.value, value))
-        )
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.out(attended.transpose(1, 2).flatten(2)), None  # (B, T, dim)
-
-
-@torch.no_grad()
-def split_attention(model: nn.Module) -> nn.Module:
-    """Turn every nn.MultiheadAttention of the model into an Attention, in place; return the model.
-
-    The model calls its attention as torchvision's ViT does: without masks, and of what comes back it reads
-    the output alone. Raises ValueError for an attention that such a ViT does not use: batch_first=False,
-    bias_k, add_zero_attn, key and value of another width, or one of nn.TransformerEncoder and the like.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    done = {}  # an attention that stands at two places is split once
-    for name, joined in modules.items():
-        if not isinstance(joined, nn.MultiheadAttention):
-            continue
-        if joined in done:
-            model.set_submodule(name, done[joined])
-            continue
-        owner = modules.get(name.rpartition(".")[0])
-        if isinstance(owner, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            raise ValueError(
-                f"{name}: {type(owner).__name__} reads its attention's weights and passes masks; "
-                "expected a ViT of torchvision's"
-            )
-        plain = joined.batch_first and joined.bias_k is None and not joined.add_zero_attn
-        if not plain or joined.in_proj_weight is None:
-            raise ValueError(
-                f"{name}: split_attention needs batch_first=True, no bias_k, no add_zero_attn "
-                f"and query, key, value of one width; found {joined}"
-            )
-        W, b = joined.in_proj_weight, joined.in_proj_bias  # (3 dim, dim), (3 dim,)
-        split = Attention(
-            joined.embed_dim,
-            joined.num_heads,
-            joined.dropout,
-            b is not None,
-            device=W.device,
-            dtype=W.dtype,
-        )
-        for i, layer in enumerate((split.query, split.key, split.value)):
-            layer.weight.copy_(W.chunk(3)[i])
-            layer.weight.requires_grad_(W.requires_grad)
-            if b is not None:
-                layer.bias.copy_(b.chunk(3)[i])
-                layer.bias.requires_grad_(b.requires_grad)
-        split.out.weight, split.out.bias = joined.out_proj.weight, joined.out_proj.bias
-        done[joined] = split.train(joined.training)
-        model.set_submodule(name, split)
-    return model
-
-
-@torch.no_grad()
-def join_attention(model: nn.Module) -> nn.Module:
-    """Turn every Attention back into an nn.MultiheadAttention, in place; return the model.
-
-    Raises ValueError for one that still holds an adapter: merge first.
-    """
-    done = {}
-    for name, split in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(split, Attention):
-            continue
-        if split in done:
-            model.set_submodule(name, done[split])
-            continue
-        layers = [split.query, split.key, split.value]
-        for child, layer in split.named_children():
-            if not isinstance(layer, nn.Linear):
-                raise ValueError(
-                    f"{name}.{child} is a {type(layer).__name__}: call merge(model) first"
-                )
-        W, b = split.query.weight, split.query.bias
-        joined = nn.MultiheadAttention(
-            W.shape[1],
-            split.heads,
-            split.dropout,
-            b is not None,
-            batch_first=True,
-            device=W.device,
-            dtype=W.dtype,
-        )
-        joined.in_proj_weight.copy_(torch.cat([layer.weight for layer in layers]))
-        joined.in_proj_weight.requires_grad_(any(layer.weight.requires_grad for layer in layers))
-        if b is not None:
-            joined.in_proj_bias.copy_(torch.cat([layer.bias for layer in layers]))
-            joined.in_proj_bias.requires_grad_(any(layer.bias.requires_grad for layer in layers))
-        joined.out_proj.weight, joined.out_proj.bias = split.out.weight, split.out.bias
-        done[split] = joined.train(split.training)
-        model.set_submodule(name, joined)
-    return model
 
 
 def build(
@@ -261,7 +141,12 @@ def trunk_state(model: str, weights: str) -> tuple[dict | None, dict, float]:
     path = EMBEDDED if weights == "embedded" else path
     if path.is_dir():
         path = tensors_in(path)
-    state, metadata = read_weights(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights {str(path)!r}: no such file, and no such name; expected {', '.join(NAMES)}, "
+            "a .safetensors, .pth or .bin file, or a folder with one"
+        )
+    state, metadata = read_tensors(path)
     layout = layout_of(state)
     if layout:
         beside = preprocessing_in(path.parent)
@@ -372,10 +257,6 @@ def preprocessing_in(folder: Path) -> dict:
     return found
 
 
-def optional_json(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
-
-
 def layout_of(state: dict) -> str | None:
     """Whose names the tensors have: one of LAYOUTS, None for torchvision's and ours."""
     for layout, block in LAYOUTS.items():
@@ -411,52 +292,6 @@ def to_ours(state: dict, model: str, layout: str) -> dict:
     return {ours.get(key, key): t for key, t in state.items() if not key.startswith(heads)}
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file that holds an object. Raises ValueError for another one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
-
-
-def read_weights(path: Path) -> tuple[dict, dict]:
-    """The tensors of a .safetensors, .pth or .bin file and, from the first, its metadata.
-
-    Nothing is unpickled but tensors. Raises FileNotFoundError, or ValueError for another kind of file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights {str(path)!r}: no such file, and no such name; "
-            f"expected {', '.join(NAMES)}, a .safetensors, .pth or .bin file, or a folder with one"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's unpickler meets wrong bytes with errors of any type
-        raise ValueError(f"{path}: not a file of tensors ({first_line(error)})") from None
-    if not isinstance(state, dict):
-        raise ValueError(
-            f"{path}: expected a state dict (names and tensors), found {type(state).__name__}"
-        )
-    for key, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(
-                f"{path}: {key}: expected a tensor, found {type(tensor).__name__}; "
-                "save the model's state_dict() alone"
-            )
-    return state, {}
-
-
-def first_line(error: Exception) -> str:
-    """The type of an error and the first line of what it says: torch's run to many."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
 def load_trunk(vit: VisionTransformer, state: dict, source: str) -> None:
     """Load a state dict with joined or split attention into a joined vit, all but the head."""
     state = {key: tensor for key, tensor in state.items() if not key.startswith("heads.")}
@@ -469,18 +304,3 @@ def load_trunk(vit: VisionTransformer, state: dict, source: str) -> None:
     if problem := first_mismatch(expected, state):
         raise ValueError(f"weights {source!r}: {problem}")
     vit.load_state_dict(state, strict=False)
-
-
-def first_mismatch(expected: dict, found: dict) -> str | None:
-    """What is wrong with the first tensor that is missing, too many or of another shape; else None."""
-    for key in [*expected, *found]:
-        if key not in found:
-            return f"{key}: expected shape {tuple(expected[key].shape)}, found no such tensor"
-        if key not in expected:
-            return f"{key}: expected no such tensor, found shape {tuple(found[key].shape)}"
-        if expected[key].shape != found[key].shape:
-            return (
-                f"{key}: expected shape {tuple(expected[key].shape)}, "
-                f"found {tuple(found[key].shape)}"
-            )
-    return None

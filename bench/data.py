@@ -29,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
-from devices import keep_freed_memory  # noqa: E402
-from report import commit  # noqa: E402
+from engine.devices import keep_freed_memory  # noqa: E402
+from engine.images import Split, keep, usable  # noqa: E402
+from engine.report import commit  # noqa: E402
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "crop": 224 / 256}
 BATCH = 64
@@ -92,12 +93,12 @@ def measure(count: int, source: tuple[int, int], size: int, cache: bool, options
         write_images(root, count, source)
         files = sorted(str(path) for path in root.rglob("*.jpg"))
         for turn in range(options.rounds):
-            split = data.Split(np.zeros(count, np.int64), files)
+            split = Split(np.zeros(count, np.int64), files)
             times = []
             for epoch in range(options.epochs):
                 start = time.perf_counter()
                 if epoch == 0:
-                    data.keep(split, Path(folder) / f"cache{turn}", size, cache, workers)
+                    keep(split, Path(folder) / f"cache{turn}", size, cache, workers)
                 # what is kept is read in this process where the device is a CPU
                 few = workers if split.pixels is None else None
                 batches = data.batches(
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument(
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--workers", type=int, default=data.usable(None))
+    parser.add_argument("--workers", type=int, default=usable(None))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

@@ -33,8 +33,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from devices import keep_freed_memory  # noqa: E402
-from report import commit  # noqa: E402
+from engine.config import Config  # noqa: E402
+from engine.devices import keep_freed_memory  # noqa: E402
+from engine.report import commit  # noqa: E402
 
 CONFIGS = {
     "lora": lambda r: peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear"),
@@ -55,7 +56,7 @@ def write_images(root: Path, count: int) -> None:
 
 
 def with_train(kind: str, root: Path, out: Path, options) -> float:
-    config = train.Config(
+    config = Config(
         recipe="tiny-imagenet-lora",
         dataset="folder",
         data_dir=str(root),

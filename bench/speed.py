@@ -6,7 +6,7 @@
         --rounds 25 7 3 --out bench/grid               # bench/grid.md
     python bench/speed.py --device cuda --amp bf16 --batches 64
 
-The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (vit.split_attention), random
+The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (attention.split_attention), random
 weights: the same matrices for all. A step is a forward and a backward to the input and to whatever
 trains. The floor is that step with nothing adapted. A round is a step of each, in an order of its own; a
 figure is the median over rounds of the step's time over the floor's of the same round. "kept" is what
@@ -36,18 +36,19 @@ import torch
 from torch import nn
 from torchvision.models import VisionTransformer
 
+import attention
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import vit  # noqa: E402
-from devices import keep_freed_memory  # noqa: E402
+from engine.devices import keep_freed_memory  # noqa: E402
+from engine.report import commit, saved_bytes  # noqa: E402
 from loha import LoHaLinear  # noqa: E402
 from lokr import LoKrLinear  # noqa: E402
 from lora import LoRALinear, mark_trainable, replace_linear  # noqa: E402
-from report import commit, saved_bytes  # noqa: E402
 
 EVERY = ["query", "key", "value", "out", "mlp.0", "mlp.3"]
 OURS = {"LoRA": LoRALinear, "LoHa": LoHaLinear, "LoKr": LoKrLinear}
@@ -68,7 +69,7 @@ def trunk(blocks: int) -> nn.Sequential:
     torch.manual_seed(0)
     with torch.no_grad():
         model = VisionTransformer(224, 16, blocks, 12, 768, 3072)
-    return vit.split_attention(model).encoder.layers.requires_grad_(False)
+    return attention.split_attention(model).encoder.layers.requires_grad_(False)
 
 
 def ours(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:

@@ -5,8 +5,9 @@ from functools import partial
 import torch
 from torch import nn
 
-import checkpoint
 import vit
+from engine import checkpoint
+from engine.adapt import adapt
 from loha import LoHaLinear
 from lokr import LoKrLinear
 from lora import LoRALinear
@@ -60,7 +61,7 @@ def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLAS
     settings = {"rank": 4, "alpha": 32.0, "targets": "all", "bias": "none", "factor": -1}
     settings |= {"decompose_both": False, "adapter": case.split("-")[0], **CASES.get(case, {})}
     built, preprocessing = vit.build(model, weights, len(classes))
-    checkpoint.adapt(built, **settings)
+    adapt(built, **settings)
     trunk = checkpoint.fingerprint(built)
     generator = torch.Generator().manual_seed(3)
     for p in built.parameters():

@@ -13,7 +13,7 @@ from test_readme import PYTHON
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from export import load_peft, save_peft
+from engine.peft_folder import load_peft, save_peft
 from lora import LoRALinear, mark_trainable, replace_linear
 
 SAVE, LOAD = (block for block in PYTHON if "style/unet" in block)

@@ -12,8 +12,9 @@ from conftest import LIMIT, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import checkpoint
 import vit
+from engine import checkpoint
+from engine.adapt import adapt
 
 SETTINGS = {
     "lora": {"rank": 3, "alpha": 5.0, "targets": "query,mlp.0", "bias": "adapter"},
@@ -28,7 +29,7 @@ def adapted(adapter, weights="embedded", seed=7, **changed):
     """An adapted small ViT with random factors, and its info."""
     settings = {**SETTINGS[adapter], **changed}
     model, preprocessing = vit.build("vit_mini", weights, 3, seed=seed)
-    checkpoint.adapt(model, adapter, **settings)
+    adapt(model, adapter, **settings)
     defaults = dict(rank=4, alpha=32.0, targets="all", bias="none", factor=-1, decompose_both=False)
     info = {
         "adapter": adapter,
@@ -48,7 +49,7 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)
 LOAD = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-import checkpoint
+from engine import checkpoint
 model, info = checkpoint.load_adapter(sys.argv[2])
 assert not model.training
 images = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)

@@ -16,11 +16,11 @@ from conftest import LIMIT, ROOT, wait_until
 from PIL import Image
 from trees import pets
 
-import checkpoint
 import compare
-import report
 import train
-from record import Progress
+from engine import checkpoint, report
+from engine.config import parse
+from engine.run import Progress
 
 TINY = "--limit 40 --epochs 1 --batch-size 8 --image-size 14 --workers 0 --device cpu".split()
 # Of the embedded trunk, 6 blocks of 128 and 512, at rank 2, with the head's 1,290
@@ -247,7 +247,7 @@ def test_of_equal_accuracies_the_smaller_loss_is_better():
 
 def test_kept_is_what_autograd_saves():
     def kept(*flags):
-        return report.kept(train.parse([*TINY, *flags]), 10)
+        return report.kept(parse([*TINY, *flags]), 10)
 
     # 8 images of 4 patches and a class token: the head's input is a view of all 5 tokens, and
     # cross_entropy keeps log-probabilities, labels and the sum of weights

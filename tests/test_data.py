@@ -15,13 +15,26 @@ from PIL import Image
 from trees import pets, tiny_imagenet, write_image
 
 import data
+from engine import images
+from engine.images import (
+    ORIENTATION,
+    Crops,
+    Kept,
+    Split,
+    Whole,
+    keep,
+    mark_bad,
+    random_box,
+    resize,
+    resize_crop,
+)
 
 PLAIN = {"image_size": 28, "mean": [0.0] * 3, "std": [1.0] * 3, "crop": 1.0}
 GENERATOR = torch.Generator().manual_seed(0)
 
 
 def split_of(*paths):
-    return data.Split(np.zeros(len(paths), np.int64), [str(path) for path in paths])
+    return Split(np.zeros(len(paths), np.int64), [str(path) for path in paths])
 
 
 def all_of(split, how=PLAIN, **more):
@@ -39,11 +52,11 @@ def random_pixels(*shape, seed=0):
 def test_resize_of_a_crop_is_pil_s(size, flip):
     images = random_pixels(6, 40, 52, 3)
     draws = torch.rand(6, 5, generator=GENERATOR).tolist()
-    boxes = [data.random_box(d, 40, 52, 0.08) for d in draws]
+    boxes = [random_box(d, 40, 52, 0.08) for d in draws]
     one_by_one = torch.stack(
-        [data.resize_crop(x, box, flip, size) for x, box in zip(images, boxes, strict=True)]
+        [resize_crop(x, box, flip, size) for x, box in zip(images, boxes, strict=True)]
     )
-    together = data.resize(
+    together = resize(
         torch.from_numpy(images).permute(0, 3, 1, 2).float(),
         torch.tensor(boxes).T,
         torch.tensor([flip] * 6),
@@ -61,9 +74,9 @@ def test_resize_of_a_crop_is_pil_s(size, flip):
 
 def test_a_gpu_s_path_gives_the_crops_of_the_other():
     """The same numbers, but for the rounding to whole pixel values in the one."""
-    split = data.Split(np.arange(9), pixels=random_pixels(9, 64, 64, 3))
+    split = Split(np.arange(9), pixels=random_pixels(9, 64, 64, 3))
     how = {**PLAIN, "image_size": 40, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    crops = data.Crops(split, how, 0.3, True)
+    crops = Crops(split, how, 0.3, True)
     for draws in (torch.rand(9, 5, generator=GENERATOR).tolist(), [None] * 9):
         wanted = list(zip(range(9), draws, strict=True))
         together = crops.on_device(wanted, torch.device("cpu"))
@@ -76,7 +89,7 @@ def test_a_gpu_s_path_gives_the_crops_of_the_other():
 def test_random_boxes_are_inside_and_of_the_wanted_areas_and_ratios():
     draws = torch.rand(4000, 5, generator=GENERATOR).tolist()
     for height, width in [(512, 512), (20, 10_000), (1, 1), (384, 512)]:
-        boxes = np.array([data.random_box(d, height, width, 0.08) for d in draws])
+        boxes = np.array([random_box(d, height, width, 0.08) for d in draws])
         left, top, wide, high = boxes.T
         assert left.min() >= 0 and (left + wide).max() <= width and wide.min() >= 1
         assert top.min() >= 0 and (top + high).max() <= height and high.min() >= 1
@@ -91,10 +104,10 @@ def test_random_boxes_are_inside_and_of_the_wanted_areas_and_ratios():
 def test_each_image_is_cropped_and_flipped_on_its_own(kept, tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None] * 4, (64, 1, 3))  # brighter to the right
     if kept:
-        split = data.Split(np.arange(32), pixels=np.stack([ramp] * 32))
+        split = Split(np.arange(32), pixels=np.stack([ramp] * 32))
     else:
         Image.fromarray(ramp).save(tmp_path / "ramp.png")
-        split = data.Split(np.arange(32), [str(tmp_path / "ramp.png")] * 32)
+        split = Split(np.arange(32), [str(tmp_path / "ramp.png")] * 32)
     images, labels = all_of(split, {**PLAIN, "image_size": 32}, train=True)
     assert sorted(labels.tolist()) == list(range(32)) != labels.tolist()
     rising = images[:, 0, 16, -1] > images[:, 0, 16, 0]
@@ -108,7 +121,7 @@ def test_each_image_is_cropped_and_flipped_on_its_own(kept, tmp_path):
 
 def test_evaluation_is_the_centre_in_order_and_never_random():
     pixels = random_pixels(8, 64, 64, 3)
-    split = data.Split(np.arange(8), pixels=pixels)
+    split = Split(np.arange(8), pixels=pixels)
     how = {**PLAIN, "image_size": 32, "crop": 0.5, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
     images, labels = all_of(split, how)
     centre = torch.from_numpy(pixels[:, 16:48, 16:48]).permute(0, 3, 1, 2) / 255
@@ -125,8 +138,8 @@ def test_batches_depend_on_seed_and_epoch_and_not_on_workers(source, tmp_path):
         split = data.load("demo", limit=20).train
     else:
         split = data.load("folder", str(pets(tmp_path))).train
-        data.keep(split, tmp_path / "cache", 28, cache=source == "cached")
-        assert isinstance(split.pixels, data.Kept) == (source == "cached")
+        keep(split, tmp_path / "cache", 28, cache=source == "cached")
+        assert isinstance(split.pixels, Kept) == (source == "cached")
     reference = all_of(split, train=True)
     for workers in (1, 2):
         other = all_of(split, train=True, workers=workers)
@@ -149,10 +162,10 @@ def test_large_images_are_decoded_upright_and_near_the_exact_crop(tmp_path, orie
         20 + 90 * ((x // 12 + y // 12) % 2) + x // 5 + y // 10
     )  # an eighth of the size would blur them
     exif = Image.Exif()
-    exif[data.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     Image.fromarray(blocks.astype(np.uint8)).convert("RGB").save(path, quality=95, exif=exif)
     split = split_of(path)
-    data.keep(split, tmp_path / "cache", 64, cache)
+    keep(split, tmp_path / "cache", 64, cache)
     image = all_of(split, {**PLAIN, "image_size": 64, "crop": 0.8})[0][0]
     with Image.open(path) as full:
         turn = {1: None, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}[orientation]
@@ -195,7 +208,7 @@ def test_every_format_is_turned_upright(suffix, mode, tmp_path):
     image = Image.fromarray(pixels.astype(np.uint16) << 8 if mode == "I;16" else pixels)
     image = image if mode == "I;16" else image.convert("RGB")
     exif = Image.Exif()
-    exif[data.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     image.save(tmp_path / f"1.{suffix}", exif=exif)
     image, _ = all_of(split_of(tmp_path / f"1.{suffix}"))
     upright = torch.from_numpy(np.rot90(pixels, -1).copy())  # 150 high, 90 wide
@@ -224,12 +237,12 @@ def test_a_broken_exif_block_breaks_one_image_and_not_the_run(tmp_path, capfd):
 
 def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path, monkeypatch):
     write_image(tmp_path / "1.jpg", 0, 0, (1024, 768))
-    decoded, upright_rgb = [], data.upright_rgb
+    decoded, upright_rgb = [], images.upright_rgb
     monkeypatch.setattr(
-        data, "upright_rgb", lambda i: decoded.append(upright_rgb(i)) or decoded[-1]
+        images, "upright_rgb", lambda i: decoded.append(upright_rgb(i)) or decoded[-1]
     )
     all_of(split_of(tmp_path / "1.jpg"), {**PLAIN, "image_size": 96})
-    data.keep(split_of(tmp_path / "1.jpg"), tmp_path / "cache", 84, cache=True)
+    keep(split_of(tmp_path / "1.jpg"), tmp_path / "cache", 84, cache=True)
     assert [image.size for image in decoded] == [(128, 96), (128, 96)]
 
 
@@ -239,7 +252,7 @@ def test_odd_sizes_are_images_too(size, cache, tmp_path):
     Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "odd.png")
     write_image(tmp_path / "plain.jpg", 0, 0, (120, 90))
     split = split_of(tmp_path / "plain.jpg", tmp_path / "odd.png")
-    data.keep(split, tmp_path / "cache", 28, cache)
+    keep(split, tmp_path / "cache", 28, cache)
     for train in (False, True):
         images, _ = all_of(split, train=train)
         colours = (images.mean((2, 3)) * 255 - torch.tensor([200.0, 100, 50])).abs().amax(1)
@@ -261,10 +274,10 @@ def test_a_broken_file_is_replaced_by_the_next_and_named_once(cache, tmp_path, c
     files = [str(path) for path in sorted(folder.rglob("*.jpg"))]
 
     def split():
-        return data.Split(np.repeat([0, 1], 10), files)
+        return Split(np.repeat([0, 1], 10), files)
 
     reference = split()
-    data.keep(reference, tmp_path / "cache", 28, cache)
+    keep(reference, tmp_path / "cache", 28, cache)
     epochs = [all_of(reference, train=True, epoch=epoch) for epoch in (0, 0)]
     assert all(torch.equal(a, b) for a, b in zip(*epochs, strict=True))
     said = capfd.readouterr().err.splitlines()
@@ -278,12 +291,12 @@ def test_a_broken_file_is_replaced_by_the_next_and_named_once(cache, tmp_path, c
     assert torch.equal(some[0], evaluated[4]) and torch.equal(some[1], some[2])
     for workers in (1, 2):
         other = split()
-        data.keep(other, tmp_path / "cache", 28, cache)
+        keep(other, tmp_path / "cache", 28, cache)
         capfd.readouterr()
         found = all_of(other, train=True, workers=workers)
         assert cache or capfd.readouterr().err.count("cannot be read") == 3
         assert all(torch.equal(a, b) for a, b in zip(epochs[0], found, strict=True))
-    data.mark_bad(reference, 2, "met again, as a stand-in")
+    mark_bad(reference, 2, "met again, as a stand-in")
     assert not capfd.readouterr().err
 
 
@@ -291,7 +304,7 @@ def test_the_label_is_that_of_the_image_that_is_shown(tmp_path):
     folder = pets(tmp_path, images=3)
     (folder / "cat" / "2 ü.jpg").write_bytes(b"no image")  # the next one that can be read is a dog
     files = [str(path) for path in sorted(folder.rglob("*.jpg"))]
-    split = data.Split(np.repeat([0, 1], 3), files)
+    split = Split(np.repeat([0, 1], 3), files)
     images, labels = all_of(split)
     assert labels.tolist() == [0, 0, 1, 1, 1, 1] and torch.equal(images[2], images[3])
 
@@ -302,14 +315,14 @@ def test_too_many_broken_files_stop_with_their_names(cache, tmp_path):
     files = [str(path) for path in sorted(folder.rglob("*.jpg"))]
     for file in files[5:15]:
         Path(file).write_bytes(b"no image")
-    split = data.Split(np.repeat([0, 1], 30), files)
+    split = Split(np.repeat([0, 1], 30), files)
     with pytest.raises(ValueError, match="10 of 60 images cannot be read") as error:
-        data.keep(split, tmp_path / "cache", 28, cache)
+        keep(split, tmp_path / "cache", 28, cache)
         all_of(split)
     assert all(file in str(error.value) for file in files[5:15]) and "\n" not in str(error.value)
-    nine = data.Split(split.labels, [*files[:5], files[0], *files[6:]])
+    nine = Split(split.labels, [*files[:5], files[0], *files[6:]])
     assert len(all_of(nine)[0]) == 60, "nine of them do not"
-    many = data.Split(np.zeros(2000, np.int64), (files[:5] + files[15:]) * 40)
+    many = Split(np.zeros(2000, np.int64), (files[:5] + files[15:]) * 40)
     many.files[:10] = files[5:15]
     assert len(all_of(many)[0]) == 2000, "nor ten of 2,000"
 
@@ -320,7 +333,7 @@ def test_nothing_that_can_be_read_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="none of the 3 images can be read"):
         all_of(split_of(*sorted(tmp_path.iterdir())))
     with pytest.raises(ValueError, match="none of the 3 images can be read"):
-        data.keep(split_of(*sorted(tmp_path.iterdir())), tmp_path / "cache")
+        keep(split_of(*sorted(tmp_path.iterdir())), tmp_path / "cache")
 
 
 def small(tmp_path, images=12):
@@ -331,7 +344,7 @@ def small(tmp_path, images=12):
 
 def test_small_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     split = small(tmp_path)
-    data.keep(split, tmp_path / "cache")
+    keep(split, tmp_path / "cache")
     assert split.pixels.shape == (24, 64, 64, 3)
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".pixels"]
     for row in (0, 7, 23):
@@ -340,15 +353,15 @@ def test_small_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     assert "24 images are decoded" in capsys.readouterr().out
     again = split_of(*split.files)
     with monkeypatch.context() as patch:
-        patch.setattr(data.Whole, "__getitem__", lambda *_: pytest.fail("decoded twice"))
-        data.keep(again, tmp_path / "cache")
+        patch.setattr(Whole, "__getitem__", lambda *_: pytest.fail("decoded twice"))
+        keep(again, tmp_path / "cache")
     assert np.array_equal(again.pixels, split.pixels) and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["content", "time", "pixels", "index"])
 def test_kept_pixels_that_do_not_fit_are_made_anew(change, tmp_path, capsys):
     split = small(tmp_path)
-    data.keep(split, tmp_path / "cache")
+    keep(split, tmp_path / "cache")
     capsys.readouterr()
     kept, index = (next((tmp_path / "cache").glob(f"*.{end}")) for end in ("pixels", "json"))
     if change == "content":
@@ -359,7 +372,7 @@ def test_kept_pixels_that_do_not_fit_are_made_anew(change, tmp_path, capsys):
         damaged = {"pixels": kept, "index": index}[change]
         damaged.write_bytes(damaged.read_bytes()[:-1000])
     again = split_of(*split.files)
-    data.keep(again, tmp_path / "cache")
+    keep(again, tmp_path / "cache")
     assert "24 images are decoded" in capsys.readouterr().out
     for row in (4, 5):
         with Image.open(split.files[row]) as image:
@@ -371,7 +384,7 @@ def test_small_images_of_many_sizes_and_a_large_one_among_them(tmp_path):
     for i, size in enumerate([(64, 64), (50, 90), (96, 96)]):
         write_image(tmp_path / f"{i}.png", i, i, size)
     split = split_of(*sorted(tmp_path.glob("*.png")))
-    data.keep(split, tmp_path / "cache")
+    keep(split, tmp_path / "cache")
     assert [image.shape[:2] for image in map(split.pixels.__getitem__, range(3))] == [
         (64, 64),
         (90, 50),
@@ -384,10 +397,10 @@ def test_small_images_of_many_sizes_and_a_large_one_among_them(tmp_path):
     write_image(tmp_path / "3.png", 3, 3, (300, 200))
     mixed = split_of(*sorted(tmp_path.glob("*.png")))
     for workers in (0, 2):
-        data.keep(mixed, tmp_path / "cache", workers=workers)
+        keep(mixed, tmp_path / "cache", workers=workers)
         assert mixed.pixels is None, "decoded in each epoch, as large images are"
     assert len(all_of(mixed)[0]) == 4
-    data.keep(mixed, tmp_path / "cache", 112, cache=True)
+    keep(mixed, tmp_path / "cache", 112, cache=True)
     assert mixed.pixels[3].shape == (128, 192, 3) and mixed.pixels[0].shape == (64, 64, 3)
     assert not [file for file in (tmp_path / "cache").iterdir() if "tmp" in file.name]
 
@@ -398,12 +411,12 @@ def test_what_could_not_be_read_once_is_tried_again(tmp_path, capfd):
     content = path.read_bytes()
     path.write_bytes(b"x" * len(content))
     os.utime(path, ns=(now.st_atime_ns, now.st_mtime_ns))
-    data.keep(split, tmp_path / "cache")
+    keep(split, tmp_path / "cache")
     assert list(split.bad) == [5]
     path.write_bytes(content)  # as after a failure of the network: the same size and time
     os.utime(path, ns=(now.st_atime_ns, now.st_mtime_ns))
     again = split_of(*split.files)
-    data.keep(again, tmp_path / "cache")
+    keep(again, tmp_path / "cache")
     assert not again.bad and again.pixels[5].any()
 
 
@@ -411,35 +424,36 @@ def test_cached_images_have_the_size_that_evaluation_needs(tmp_path):
     for i, size in enumerate([(512, 384), (300, 900), (100, 90)]):
         write_image(tmp_path / f"{i}.jpg", i, i, size)
     split = split_of(*sorted(tmp_path.glob("*.jpg")))
-    data.keep(split, tmp_path / "cache", 224, cache=True)
+    keep(split, tmp_path / "cache", 224, cache=True)
     shapes = [split.pixels[row].shape[:2] for row in range(3)]
     assert shapes == [(256, 341), (768, 256), (90, 100)]
 
 
 def test_without_room_small_images_are_kept_in_memory(tmp_path, monkeypatch, capfd):
     split, reference = small(tmp_path), small(tmp_path)
-    data.keep(reference, tmp_path / "cache")
+    keep(reference, tmp_path / "cache")
     free = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda folder: free)
-    data.keep(split, tmp_path / "other")
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda folder: free)
+    keep(split, tmp_path / "other")
     assert "0.0 GB are free" in capfd.readouterr().err
     assert np.array_equal(split.pixels, reference.pixels)
     assert not list((tmp_path / "other").iterdir())
     write_image(tmp_path / "large.jpg", 0, 0, (300, 200))
     large = split_of(tmp_path / "large.jpg")
-    data.keep(large, tmp_path / "other", cache=True)
+    keep(large, tmp_path / "other", cache=True)
     assert large.pixels is None and "decoded in each epoch" in capfd.readouterr().err
 
 
 LIMITED = """
 import resource, signal, sys
 sys.path[:0] = sys.argv[1:3]
-import test_data, data, pathlib
+import test_data, pathlib
+from engine.images import keep
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = pathlib.Path(sys.argv[3])
 split = test_data.split_of(*sorted((folder / "tiny" / "train").rglob("*.JPEG")))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-data.keep(split, folder / "cache")
+keep(split, folder / "cache")
 assert split.pixels.shape == (24, 64, 64, 3) and split.pixels.any()
 """
 
@@ -457,7 +471,7 @@ def test_a_disk_that_fills_while_images_are_kept(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, capfd):
     split = small(tmp_path)
     (tmp_path / "file").write_text("no folder")
-    data.keep(split, tmp_path / "file" / "cache")
+    keep(split, tmp_path / "file" / "cache")
     assert split.pixels.shape == (24, 64, 64, 3)
     assert "they are kept in memory" in capfd.readouterr().err
 
@@ -465,10 +479,11 @@ def test_a_folder_that_cannot_be_written(tmp_path, capfd):
 BUILD = """
 import sys
 sys.path[:0] = sys.argv[1:3]
-import test_data, data, pathlib
+import test_data, pathlib
+from engine.images import keep
 folder = pathlib.Path(sys.argv[3])
 split = test_data.split_of(*sorted((folder / "tiny" / "train").rglob("*.JPEG")))
-data.keep(split, folder / "cache")
+keep(split, folder / "cache")
 print(int(split.pixels.sum(dtype="int64")))
 """
 
@@ -479,7 +494,7 @@ def test_two_runs_may_keep_the_same_images_at_once(tmp_path, start):
     runs = [start(command) for _ in range(3)]
     sums = {run.communicate(timeout=LIMIT)[0].splitlines()[-1] for run in runs}
     assert [run.returncode for run in runs] == [0, 0, 0]
-    data.keep(split, tmp_path / "alone")
+    keep(split, tmp_path / "alone")
     assert sums == {str(int(split.pixels.sum(dtype="int64")))}
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
@@ -490,7 +505,7 @@ def test_what_a_killed_run_was_writing_is_removed_once_it_is_old(tmp_path):
     for name in ("old", "fresh"):
         (folder / f".{name}.pixels.0123abcd.tmp").write_bytes(b"half")
     os.utime(folder / ".old.pixels.0123abcd.tmp", (1, 1))
-    data.keep(small(tmp_path), folder)
+    keep(small(tmp_path), folder)
     assert [path.name for path in folder.glob(".*")] == [".fresh.pixels.0123abcd.tmp"]
 
 

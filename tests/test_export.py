@@ -18,10 +18,12 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 from trees import write_image
 
-import checkpoint
 import data
 import export
 import vit
+from engine import checkpoint, images
+from engine.adapt import adapt
+from engine.peft_folder import endings, save_peft
 from lora import LoRALinear, mark_trainable, replace_linear
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -104,7 +106,7 @@ def test_prediction_in_the_way_of_peft_s_documentation(tmp_path):
         theirs = opened(tmp_path / "folder")(**encoding).logits
         ours = model(encoding["pixel_values"])
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
-    split = data.Split(np.zeros(1, np.int64), [str(tmp_path / "image.jpg")])
+    split = images.Split(np.zeros(1, np.int64), [str(tmp_path / "image.jpg")])
     pixels, _ = next(data.batches(split, 1, seen, workers=0))
     difference = (pixels - encoding["pixel_values"]).abs()
     assert difference.mean() < 0.1 < pixels.std() / 5, "the folder says how we see an image"
@@ -379,7 +381,7 @@ def test_stock_torchvision_loads_the_merged_model_strictly(case, suffix, tmp_pat
 def test_vit_b_16_and_its_eps_in_torchvision(tmp_path):
     """At full size. A trunk of Hugging Face's has another eps, which a state dict cannot say."""
     trunk, _ = vit.build("vit_b_16", "none", 3)
-    checkpoint.adapt(trunk, "full")
+    adapt(trunk, "full")
     for p in trunk.parameters():
         p.data *= 0.003 if p.ndim > 1 else 1  # small activations, for which eps matters
     info = {"adapter": "full", "rank": 4, "alpha": 4.0, "targets": "all", "bias": "none"}
@@ -409,11 +411,11 @@ def test_endings_are_the_shortest_that_no_other_layer_has():
     blocks = [f"blocks.{i}" for i in range(2)]
     queries = [f"{block}.query" for block in blocks]
     firsts = [f"{block}.mlp.0" for block in blocks]
-    assert export.endings(queries + firsts, ["head", *blocks]) == ["query", "mlp.0"]
-    assert export.endings(queries[:1], [queries[1]]) == ["blocks.0.query"]
-    assert export.endings(["b.out"], ["a.out"]) == ["b.out"]
+    assert endings(queries + firsts, ["head", *blocks]) == ["query", "mlp.0"]
+    assert endings(queries[:1], [queries[1]]) == ["blocks.0.query"]
+    assert endings(["b.out"], ["a.out"]) == ["b.out"]
     with pytest.raises(ValueError, match="out: expected a name that ends no other"):
-        export.endings(["out"], ["a.out"])
+        endings(["out"], ["a.out"])
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 5.0), (2, 1 / 3), (7, 0.1)])
@@ -422,7 +424,7 @@ def test_alpha_is_the_one_that_was_given(rank, alpha, tmp_path):
     model = nn.Sequential(nn.Linear(9, 8))
     replace_linear(model, lambda layer: LoRALinear(layer, rank=rank, alpha=alpha), head="")
     mark_trainable(model, head="")
-    export.save_peft(model, tmp_path / "folder")
+    save_peft(model, tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["lora_alpha"] == pytest.approx(alpha, abs=1e-15)
     assert config["lora_alpha"] / rank == model[0].scale
@@ -431,16 +433,16 @@ def test_alpha_is_the_one_that_was_given(rank, alpha, tmp_path):
 def test_models_that_peft_cannot_hold_are_refused(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="no adapter: put some in"):
-        export.save_peft(model, tmp_path / "folder")
+        save_peft(model, tmp_path / "folder")
     replace_linear(model, lambda layer: LoRALinear(layer, rank=2, alpha=3), ["0"])
     with pytest.raises(ValueError, match=r"0\.linear\.weight trains, and PEFT has no place"):
-        export.save_peft(model, tmp_path / "folder")
+        save_peft(model, tmp_path / "folder")
     replace_linear(model, lambda layer: LoRALinear(layer, rank=2, alpha=5), ["1"])
     model.requires_grad_(False)
     with pytest.raises(
         ValueError, match=r"one kind, rank and scale, found LoRALinear rank 2 scale 1\.5"
     ):
-        export.save_peft(model, tmp_path / "folder")
+        save_peft(model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 

@@ -11,9 +11,10 @@ import torch
 from conftest import LIMIT, ROOT
 from test_resume import assert_clean, assert_same, contents
 
-import checkpoint
-import devices
 import train
+from engine import checkpoint, devices
+from engine.config import parse
+from engine.devices import out_of_memory, pick_device
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def limited(folder, room, first, last, *flags):
 )  # bytes: for no file; for all but last.pt and adapters
 @pytest.mark.usefixtures("resource")
 def test_a_full_disk_has_a_warning_and_the_run_goes_on(room, tmp_path):
-    train.train(train.parse([*FLAGS, "--out", str(tmp_path / "unbroken")]))
+    train.train(parse([*FLAGS, "--out", str(tmp_path / "unbroken")]))
     process = limited(tmp_path, room, 3, 9, "--out", "run")
     assert process.returncode == 0, process.stderr
     assert process.stderr.count("last.pt cannot be written ([Errno 27] File too large") == 1
@@ -78,7 +79,7 @@ def test_a_disk_that_stays_full_keeps_the_last_good_file(tmp_path):
     assert checkpoint.read_resume(tmp_path / "run" / "last.pt")["done"] == 2
     process = limited(tmp_path, 0, 99, 99, "--out", "run", "--resume")
     assert process.returncode == 0 and "run goes on after step 2 of 12" in process.stdout
-    train.train(train.parse([*FLAGS, "--out", str(tmp_path / "unbroken")]))
+    train.train(parse([*FLAGS, "--out", str(tmp_path / "unbroken")]))
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
 
 
@@ -166,9 +167,9 @@ def test_memory_that_does_not_suffice_is_one_line(resource, tmp_path, monkeypatc
 
 
 def test_what_gpus_say_of_memory_is_understood():
-    assert train.out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
-    assert train.out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
-    assert not train.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
+    assert out_of_memory(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 KAGGLE = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
@@ -199,7 +200,7 @@ def test_kaggle_s_p100_is_named_before_the_first_step(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (6, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla P100-PCIE-16GB")
     with pytest.raises(ValueError, match=r"Tesla P100-PCIE-16GB is sm_60, and torch .* T4 x2"):
-        train.pick_device("auto")
+        pick_device("auto")
 
 
 @pytest.mark.skipif(
@@ -207,8 +208,9 @@ def test_kaggle_s_p100_is_named_before_the_first_step(monkeypatch):
 )
 def test_freed_memory_serves_the_next_step():
     script = """if True:
-        import ctypes, resource, torch, devices
-        devices.keep_freed_memory(torch.device("cpu"))
+        import ctypes, resource, torch
+        from engine.devices import keep_freed_memory
+        keep_freed_memory(torch.device("cpu"))
         model = torch.nn.Sequential(*[torch.nn.GELU() for _ in range(4)])
         def faults(steps):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -10,9 +10,11 @@ from hf import hf_vit
 from test_export import peft_trained
 from trees import write_image
 
-import checkpoint
 import export
 import train
+from engine import checkpoint
+from engine.adapt import ADAPT
+from engine.config import parse
 
 QUICK = "--dataset folder --data-dir pets --epochs 1 --batch-size 4 --workers 0 --lr 1e-30".split()
 
@@ -45,7 +47,7 @@ def test_a_run_starts_from_its_tensors_and_settings(case, pets, capsys):
     (_, told), (_, kept) = (
         checkpoint.read_adapter(p) for p in ("a.safetensors", "run/adapter.safetensors")
     )
-    for key in (*checkpoint.ADAPT, "model", "classes", "preprocessing"):
+    for key in (*ADAPT, "model", "classes", "preprocessing"):
         assert kept[key] == told[key], key
     # the control: without it, the run starts elsewhere
     settings = ["--adapter", case.split("-")[0], "--rank", str(told["rank"]), "--out", "fresh"]
@@ -62,7 +64,7 @@ def test_images_are_prepared_as_the_adapter_had_them(pets, capsys):
     export.to_peft("a.safetensors", "folder")
     export.from_peft("folder", "back.safetensors")
     for start in ("a.safetensors", "folder", "back.safetensors"):
-        run = train.prepare(train.parse([*QUICK, "--init-adapter", start]))
+        run = train.prepare(parse([*QUICK, "--init-adapter", start]))
         found = run.info["preprocessing"]
         assert {key: pytest.approx(found[key]) for key in seen} == seen, start
         run.lock.close()
@@ -118,7 +120,7 @@ def test_flags_win_over_the_adapter_and_must_fit_it(pets, capsys):
     write_adapter("a.safetensors", "lora")
     hf_vit().save_pretrained("trunk")
     start = ["--init-adapter", "a.safetensors"]
-    config = train.parse([*QUICK, *start, "--alpha", "9"])
+    config = parse([*QUICK, *start, "--alpha", "9"])
     assert (config.alpha, config.rank, config.targets) == (9, 3, "query,value")
     for flags, message in [
         ("--rank 5", "expected shape (5, 128), found (3, 128)"),

@@ -15,7 +15,7 @@ from adapters import FORMS, KINDS, randomise
 from conftest import ROOT
 from torch import nn
 
-import vit
+import attention
 from lora import LoRALinear, mark_trainable, merge, replace_linear
 
 MODULES = {name: importlib.import_module(name) for name in ("lora", "loha", "lokr")}
@@ -31,7 +31,7 @@ def small_vit(num_classes=5):
 
 
 def adapted_vit(kind, targets="all"):
-    model = vit.split_attention(small_vit())
+    model = attention.split_attention(small_vit())
     replace_linear(model, KINDS[kind], targets)
     return randomise(model)
 
@@ -46,7 +46,7 @@ def images():
 @every_kind
 def test_train_eval_and_merged_agree_on_a_split_vit(kind, images):
     model = adapted_vit(kind)
-    plain = vit.split_attention(small_vit())(images)
+    plain = attention.split_attention(small_vit())(images)
     trained = model.train()(images)
     evaluated = model.eval()(images)
     merged = merge(model)
@@ -56,14 +56,14 @@ def test_train_eval_and_merged_agree_on_a_split_vit(kind, images):
     assert (trained - plain).abs().max() > 0.1, "the adapters must have changed something"
     # and back into torchvision's own model, strictly
     stock = small_vit()
-    stock.load_state_dict(vit.join_attention(merged).state_dict(), strict=True)
+    stock.load_state_dict(attention.join_attention(merged).state_dict(), strict=True)
     torch.testing.assert_close(stock.eval()(images), trained, rtol=0, atol=1e-11)
 
 
 @every_kind
 def test_attention_is_adapted(kind, images):
     """The trap: on torchvision's own attention an adapter around out_proj changes nothing."""
-    before = vit.split_attention(small_vit())(images)
+    before = attention.split_attention(small_vit())(images)
     for target in ("query", "key", "value", "out"):
         assert not torch.allclose(adapted_vit(kind, [target])(images), before), target
 
@@ -78,12 +78,12 @@ def test_unsplit_attention_is_left_alone_with_a_warning(images):
         replace_linear(small_vit(), FORMS["lora"], ["out_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        replace_linear(vit.split_attention(small_vit()), FORMS["lora"])
+        replace_linear(attention.split_attention(small_vit()), FORMS["lora"])
 
 
 @every_kind
 def test_every_trainable_tensor_gets_a_gradient_and_no_frozen_one_changes(kind, images):
-    model = vit.split_attention(small_vit())
+    model = attention.split_attention(small_vit())
     names = replace_linear(model, KINDS[kind])
     assert len(names) == 2 * 6
     trainable, total = mark_trainable(model)
@@ -108,7 +108,7 @@ def test_trainable_counts_of_vit_b_16(kind, count):
     """Query and value, rank 16, 101 classes: the figures that PEFT prints for the same."""
     with torch.device("meta"):
         model = torchvision.models.vit_b_16(num_classes=101)
-    vit.split_attention(model)
+    attention.split_attention(model)
     layer = KINDS[kind].func
     names = replace_linear(model, partial(layer, rank=16, alpha=16), ["query", "value"])
     assert len(names) == 24

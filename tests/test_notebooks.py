@@ -14,10 +14,10 @@ from nbclient import NotebookClient
 from PIL import Image
 from trees import food101, pets, tiny_imagenet
 
-import notebooks
+from engine import notebooks
 
-CHOICE = "config = train.Config(**settings)\n"  # in the cell that decides what trains
-TRAINING = "train.Config(**settings, out=run"  # in the cell that does
+CHOICE = "config = Config(**settings)\n"  # in the cell that decides what trains
+TRAINING = "Config(**settings, out=run"  # in the cell that does
 AFTERWARDS = """
 import json
 import time
@@ -91,7 +91,7 @@ def test_notebooks_py_writes_what_is_committed(name, tmp_path):
     notebooks.main(tmp_path)
     written, committed = tmp_path / f"{name}.ipynb", ROOT / f"{name}.ipynb"
     same = written.read_bytes() == committed.read_bytes()  # no diff of a megabyte, please
-    assert same, f"{name}.ipynb is not of these modules: run python notebooks.py"
+    assert same, f"{name}.ipynb is not of these modules: run python -m engine.notebooks"
     assert committed.stat().st_size <= notebooks.LARGEST
     notebook = nbformat.read(committed, as_version=4)
     nbformat.validate(notebook)
@@ -101,7 +101,7 @@ def test_notebooks_py_writes_what_is_committed(name, tmp_path):
 def test_paste_holds_two_files_and_nothing_else_of_the_project():
     notebook = nbformat.read(ROOT / "paste.ipynb", as_version=4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    pasted = [(ROOT / name).read_text("utf-8").strip("\n") for name in ("lora.py", "vit.py")]
+    pasted = [(ROOT / name).read_text("utf-8").strip("\n") for name in ("lora.py", "attention.py")]
     assert cells[:2] == pasted
     modules = {path.stem for path in ROOT.glob("*.py")}
     for cell in cells:
@@ -124,7 +124,7 @@ def test_paste_runs_from_start_to_finish(execute):
     assert float(difference) < 1e-4 < 0.1 < float(logits)
     assert text.endswith("24 layers adapted\n")
     warning = said(cells, "stderr")
-    assert warning.count("Call vit.split_attention(model) first") == 1
+    assert warning.count("Call attention.split_attention(model) first") == 1
     assert not list(folder.iterdir()), "nothing is left behind"
 
 

@@ -16,11 +16,12 @@ from matplotlib.image import imread
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
 import data
-import pictures
 import spectra
 import train
+from engine import checkpoint, pictures
+from engine.config import Config
+from engine.run import Stopped
 
 # 60 characters; what mathtext would stumble over; none at all of some letters
 NAMES = ["a name of sixty characters, of which a picture can show few ", r"$\frac$", "crème brûlée"]
@@ -67,8 +68,8 @@ def three_epochs(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", judged)
     monkeypatch.setattr(train, "train_step", stops)
     settings = {"limit": 48, "epochs": 3, "batch_size": 8, "workers": 0, "adapter": "loha"}
-    config = train.Config(out=tmp_path / "run", resume=True, **settings)
-    with pytest.raises(train.Stopped):
+    config = Config(out=tmp_path / "run", resume=True, **settings)
+    with pytest.raises(Stopped):
         train.train(config)
     assert train.train(config)["best_epoch"] == 1
     return tmp_path / "run", norms

@@ -12,9 +12,10 @@ from conftest import LIMIT, ROOT
 from PIL import Image
 from trees import write_image
 
-import checkpoint
 import data
 import predict
+from engine import checkpoint
+from engine.images import Split
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def photos(tmp_path, monkeypatch):
 def probabilities(files):
     """What evaluation in training makes of the files: (files, classes)."""
     model, info = checkpoint.load_adapter("a.safetensors")
-    split = data.Split(np.zeros(len(files), np.int64), files)
+    split = Split(np.zeros(len(files), np.int64), files)
     images, _ = next(data.batches(split, len(files), info["preprocessing"], workers=0))
     with torch.no_grad():
         return model(images).softmax(-1)

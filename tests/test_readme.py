@@ -15,12 +15,13 @@ from sdxl import toy_sdxl
 from test_compare import launch
 from trees import food101, tiny_imagenet, write_image
 
-import checkpoint
 import compare
 import export
 import predict
 import spectra
 import train
+from engine import checkpoint
+from engine.config import Config, parse
 
 README = (ROOT / "README.md").read_text("utf-8")
 SHELL = [
@@ -52,7 +53,7 @@ def runs(tmp_path, monkeypatch):
         for i in range(10):
             write_image(tmp_path / "photos" / name / f"{i}.jpg", label, i, (160, 120))
     write_image(tmp_path / "photo.jpg", 0, 1)
-    train.train(train.Config(limit=20, epochs=1, out="runs/x"))
+    train.train(Config(limit=20, epochs=1, out="runs/x"))
     return tmp_path / "runs"
 
 
@@ -164,7 +165,7 @@ def test_every_training_command_gets_as_far_as_the_first_step(runs):
     assert len(lines) >= 3
     for line in lines:
         flags = arguments(line.replace("/path/to", "path/to"))
-        if train.parse(flags).model == "vit_b_16":
+        if parse(flags).model == "vit_b_16":
             flags += "--weights none --image-size 32 --amp off".split()
         assert train.main([*flags, *SMALL]) == 0, line
 

@@ -19,8 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from trees import pets
 
-import checkpoint
 import train
+from engine import checkpoint
+from engine.config import Config
+from engine.run import Signals, Stopped
 
 KILLS = int(os.environ.get("KILLS", 20))
 QUICK = {"limit": 48, "epochs": 2, "batch_size": 8, "workers": 0}  # 6 steps an epoch
@@ -89,15 +91,13 @@ def assert_clean(folder):
 )
 def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, stop_after):
     settings = {**QUICK, "epochs": 3, **settings}
-    train.train(train.Config(out=tmp_path / "unbroken", **settings))
+    train.train(Config(out=tmp_path / "unbroken", **settings))
     for n in (1, 1, 2, 2):  # in the middle of epochs and at their ends
         stop_after(n)
-        with pytest.raises(
-            train.Stopped, match=r"stopped by SIGTERM after step \d+; last.pt stands"
-        ):
-            train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+        with pytest.raises(Stopped, match=r"stopped by SIGTERM after step \d+; last.pt stands"):
+            train.train(Config(out=tmp_path / "run", resume=True, **settings))
     stop_after(10_000)
-    train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+    train.train(Config(out=tmp_path / "run", resume=True, **settings))
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
     assert_clean(tmp_path)
 
@@ -105,16 +105,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, stop_after):
 def test_events_that_one_second_sees_broken_off_and_gone_on_with(tmp_path, stop_after, monkeypatch):
     """TensorBoard tells such files apart by a counter, and sorts them as text: 10 comes before 9."""
     settings = {**QUICK, "adapter": "head"}
-    train.train(train.Config(out=tmp_path / "unbroken", **settings))
+    train.train(Config(out=tmp_path / "unbroken", **settings))
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     monkeypatch.setattr(event_file_writer, "time", SimpleNamespace(time=lambda: 1e9))
     stop_after(2)
-    with pytest.raises(train.Stopped):
-        train.train(train.Config(out=tmp_path / "run", **settings))
+    with pytest.raises(Stopped):
+        train.train(Config(out=tmp_path / "run", **settings))
     foreign = tmp_path / "run" / "events.out.tfevents.1.elsewhere.1.0"
     foreign.touch()
     stop_after(10_000)
-    train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+    train.train(Config(out=tmp_path / "run", resume=True, **settings))
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
     assert len(list((tmp_path / "run").glob("*tfevents*.train"))) == 1 and foreign.exists()
 
@@ -123,12 +123,12 @@ def test_files_that_workers_decode_and_one_that_is_broken(tmp_path, stop_after):
     files = sorted(pets(tmp_path / "pets", images=30).rglob("*.jpg"))
     files[3].write_bytes(files[3].read_bytes()[:700])
     settings = {"dataset": "folder", "data_dir": tmp_path / "pets", "batch_size": 8, "epochs": 2}
-    train.train(train.Config(out=tmp_path / "unbroken", workers=0, **settings))
+    train.train(Config(out=tmp_path / "unbroken", workers=0, **settings))
     stop_after(8)
-    with pytest.raises(train.Stopped):
-        train.train(train.Config(out=tmp_path / "run", workers=2, **settings))
+    with pytest.raises(Stopped):
+        train.train(Config(out=tmp_path / "run", workers=2, **settings))
     stop_after(10_000)
-    train.train(train.Config(out=tmp_path / "run", workers=1, resume=True, **settings))
+    train.train(Config(out=tmp_path / "run", workers=1, resume=True, **settings))
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
     listed = [(tmp_path / name / "unreadable.txt").read_text() for name in ("unbroken", "run")]
     assert listed[0] == listed[1] and str(files[3]) in listed[0]
@@ -136,7 +136,7 @@ def test_files_that_workers_decode_and_one_that_is_broken(tmp_path, stop_after):
 
 def test_a_stop_in_an_evaluation_is_before_it(tmp_path, monkeypatch):
     settings = {**QUICK, "test": True}
-    train.train(train.Config(out=tmp_path / "unbroken", **settings))
+    train.train(Config(out=tmp_path / "unbroken", **settings))
     whole, calls = train.evaluate, []
 
     def evaluate(*arguments):
@@ -147,16 +147,16 @@ def test_a_stop_in_an_evaluation_is_before_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     for step in (6, 12):
-        with pytest.raises(train.Stopped, match=f"by SIGINT after step {step}; last.pt stands"):
-            train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
-    result = train.train(train.Config(out=tmp_path / "run", resume=True, **settings))
+        with pytest.raises(Stopped, match=f"by SIGINT after step {step}; last.pt stands"):
+            train.train(Config(out=tmp_path / "run", resume=True, **settings))
+    result = train.train(Config(out=tmp_path / "run", resume=True, **settings))
     assert len(calls) == 5 and "test_accuracy" in result
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
 
 
 def test_handlers_are_put_back_and_a_second_signal_is_obeyed_at_once(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with train.Signals() as signals:
+    with Signals() as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.asked == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
@@ -178,18 +178,18 @@ def test_the_generators_are_put_back():
 
 def test_a_finished_run_says_so_and_returns_its_result(tmp_path, capsys):
     config = {"out": tmp_path / "run", "resume": True, **QUICK}
-    first = train.train(train.Config(**config))
+    first = train.train(Config(**config))
     said = capsys.readouterr().out
     assert f"no last.pt in {tmp_path / 'run'}; the run starts from the beginning" in said
     names = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    assert train.train(train.Config(**config)) == first
+    assert train.train(Config(**config)) == first
     said = capsys.readouterr().out
     assert f"{tmp_path / 'run'}: finished already, nothing is left to train" in said
     assert said.strip().endswith(f"Validation Accuracy: {first['val_accuracy']:.2%}")
     changed = {path.name for path in names if path.stat().st_mtime_ns != names[path]}
     assert changed <= {"config.json"}
     assert len(names) == len(list((tmp_path / "run").iterdir()))
-    tested = train.train(train.Config(test=True, **config))  # what was not asked for before
+    tested = train.train(Config(test=True, **config))  # what was not asked for before
     assert {**tested, "test_loss": 0, "test_accuracy": 0} == {
         **first,
         "test_loss": 0,
@@ -331,12 +331,12 @@ def test_killed_at_any_moment_it_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
 def test_stale_temporaries_go_when_a_run_goes_on(tmp_path, stop_after):
     stop_after(2)
-    with pytest.raises(train.Stopped):
-        train.train(train.Config(out=tmp_path / "run", **QUICK))
+    with pytest.raises(Stopped):
+        train.train(Config(out=tmp_path / "run", **QUICK))
     (tmp_path / "run" / ".last.pt.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / "run" / "notes.tmp").write_bytes(b"a user's own")
     stop_after(10_000)
-    train.train(train.Config(out=tmp_path / "run", resume=True, **QUICK))
+    train.train(Config(out=tmp_path / "run", resume=True, **QUICK))
     assert [path.name for path in (tmp_path / "run").glob("*.tmp")] == ["notes.tmp"]
     assert not list((tmp_path / "run").glob(".*"))
 

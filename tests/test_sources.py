@@ -20,8 +20,8 @@ from PIL import Image
 from torchvision import datasets
 from trees import pets, tiny_imagenet, write_image
 
-import sources
-from data import keep
+import data
+from engine.images import keep
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +33,12 @@ def tiny(tmp_path_factory):
 
 def paths(root, part):
     """The relative paths of a split."""
-    split = getattr(sources.load("tiny-imagenet", str(root)), part)
+    split = getattr(data.load("tiny-imagenet", str(root)), part)
     return [Path(file).relative_to(root).as_posix() for file in split.files]
 
 
 def test_demo_is_ten_thousand_digits_in_fixed_stratified_splits():
-    demo = sources.load("demo")
+    demo = data.load("demo")
     assert demo.classes[:3] == ["zero", "one", "two"] and len(demo.classes) == 10
     assert np.bincount(demo.train.labels).tolist() == [400] * 10
     assert np.bincount(demo.val.labels).tolist() == [200] * 10
@@ -61,7 +61,7 @@ def test_tiny_imagenet_split_is_stratified_disjoint_and_complete(tiny):
     # the mission's numbers, at full size
     names = [f"train/n{c:08d}/images/{i}.JPEG" for c in range(200) for i in range(500)]
     labels = np.repeat(np.arange(200), 500)
-    rows = sources.stratified(names, labels, [0.8, 0.1])
+    rows = data.stratified(names, labels, [0.8, 0.1])
     assert [set(np.bincount(labels[r])) for r in rows] == [{400}, {50}, {50}]
     assert [len(r) for r in rows] == [80_000, 10_000, 10_000]
     assert sum(rows[1][:50] < 500) == 50 and rows[1][:5].tolist() != list(range(400, 405))
@@ -75,7 +75,7 @@ def test_tiny_imagenet_split_does_not_depend_on_the_mount(tiny, tmp_path):
 
 
 def test_tiny_imagenet_labels_and_pixels_belong_together(tiny, tmp_path):
-    loaded = sources.load("tiny-imagenet", str(tiny))
+    loaded = data.load("tiny-imagenet", str(tiny))
     assert loaded.classes[:2] == ["thing 0", "thing 1"]
     for part in ("train", "val", "test"):
         split = getattr(loaded, part)
@@ -90,7 +90,7 @@ def test_tiny_imagenet_labels_and_pixels_belong_together(tiny, tmp_path):
 
 def test_names_of_two_classes_that_are_alike_keep_their_id(tmp_path):
     (tmp_path / "words.txt").write_text("n01\tcrane, bird\nn02\tcrane\nn03\tgoldfish, fish\n")
-    names = sources.readable_names(["n01", "n02", "n03", "n04"], tmp_path / "words.txt", "\t")
+    names = data.readable_names(["n01", "n02", "n03", "n04"], tmp_path / "words.txt", "\t")
     assert names == ["crane n01", "crane n02", "goldfish", "n04"]
 
 
@@ -99,7 +99,7 @@ def test_data_is_found_below_the_folder_that_is_named(tiny, tmp_path, below, cap
     place = tmp_path / below / "tiny-imagenet-200"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(tiny)
-    assert len(sources.load("tiny-imagenet", str(tmp_path)).classes) == 6
+    assert len(data.load("tiny-imagenet", str(tmp_path)).classes) == 6
     assert str(place) in capsys.readouterr().out
 
 
@@ -107,13 +107,13 @@ def test_data_is_found_in_the_working_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tiny-imagenet-200").symlink_to(tiny)
-    assert len(sources.load("tiny-imagenet").classes) == 6
+    assert len(data.load("tiny-imagenet").classes) == 6
 
 
 def test_missing_data_says_what_where_and_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
-        sources.load("tiny-imagenet")
+        data.load("tiny-imagenet")
     message = str(error.value)
     for part in (
         "Tiny-ImageNet",
@@ -126,29 +126,29 @@ def test_missing_data_says_what_where_and_how(tmp_path, monkeypatch):
         assert part in message
     assert "\n" not in message
     with pytest.raises(FileNotFoundError, match=str(tmp_path / "nowhere")):
-        sources.load("tiny-imagenet", str(tmp_path / "nowhere"))
+        data.load("tiny-imagenet", str(tmp_path / "nowhere"))
 
 
 def test_limit_is_stratified_and_classes_keep_the_whole_list(tiny):
-    limited = sources.load("tiny-imagenet", str(tiny), limit=13)
+    limited = data.load("tiny-imagenet", str(tiny), limit=13)
     assert np.bincount(limited.train.labels).tolist() == [3, 2, 2, 2, 2, 2]
     assert len(limited.val) == 12
-    some = sources.load("tiny-imagenet", str(tiny), classes="thing 4,thing 1")
+    some = data.load("tiny-imagenet", str(tiny), classes="thing 4,thing 1")
     assert set(some.train.labels) == {1, 4} and len(some.classes) == 6
     with pytest.raises(ValueError, match=r"'thing 9'.*did you mean thing"):
-        sources.load("tiny-imagenet", str(tiny), classes="thing 9")
-    spaced = sources.load("tiny-imagenet", str(tiny), classes=" thing 4, thing 1 ")
+        data.load("tiny-imagenet", str(tiny), classes="thing 9")
+    spaced = data.load("tiny-imagenet", str(tiny), classes=" thing 4, thing 1 ")
     assert np.array_equal(spaced.train.labels, some.train.labels)
     with pytest.raises(ValueError, match="did you mean --dataset folder"):
-        sources.load("demo", str(tiny))
+        data.load("demo", str(tiny))
     with pytest.raises(ValueError, match="limit 0"):
-        sources.load("demo", limit=0)
+        data.load("demo", limit=0)
     with pytest.raises(ValueError, match="tiny-imagenet"):
-        sources.load("mnist")
+        data.load("mnist")
 
 
 def test_a_folder_of_one_s_own_is_split_by_class(tmp_path):
-    splits, classes = sources.folder(str(pets(tmp_path)))
+    splits, classes = data.folder(str(pets(tmp_path)))
     assert classes == ["cat", "dög 2"]
     for part, count in (("train", 8), ("val", 2)):
         assert np.bincount(splits[part].labels).tolist() == [count] * 2
@@ -156,28 +156,28 @@ def test_a_folder_of_one_s_own_is_split_by_class(tmp_path):
 
 
 def test_a_folder_with_train_and_val_is_taken_as_it_is(tmp_path):
-    splits, _ = sources.folder(str(pets(tmp_path, ("train", "val"))))
+    splits, _ = data.folder(str(pets(tmp_path, ("train", "val"))))
     assert all("/train/" in file for file in splits["train"].files) and len(splits["train"]) == 20
     assert all("/val/" in file for file in splits["val"].files) and len(splits["val"]) == 20
 
 
 def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data-dir"):
-        sources.load("folder", str(tmp_path / "nowhere"))
+        data.load("folder", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="for each class, found none"):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
     (tmp_path / "photos" / "cat").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"found photos; is it --data-dir .*photos"):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
     shutil.rmtree(tmp_path / "photos")
     pets(tmp_path, ("train", "val"))
     (tmp_path / "train" / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: no images"):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
     (tmp_path / "train" / "empty").rmdir()
     write_image(tmp_path / "val" / "horse" / "1.jpg", 0, 0, (120, 90))
     with pytest.raises(ValueError, match="horse: a class that"):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
 
 
 def test_what_is_no_class_is_not_taken_for_one(tmp_path):
@@ -185,25 +185,25 @@ def test_what_is_no_class_is_not_taken_for_one(tmp_path):
     for name in (".ipynb_checkpoints", "__MACOSX"):
         write_image(tmp_path / name / "0.jpg", 0, 0)
     (tmp_path / "cat" / "._1 ü.jpg").write_bytes(b"what macOS leaves")
-    dataset = sources.load("folder", str(tmp_path))
+    dataset = data.load("folder", str(tmp_path))
     assert dataset.classes == ["cat", "dög 2"]
     assert len(dataset.train) + len(dataset.val) == 20
 
 
 def test_train_alone_is_split_and_valid_is_val(tmp_path):
     pets(tmp_path / "a", ("train",))
-    dataset = sources.load("folder", str(tmp_path / "a"))
+    dataset = data.load("folder", str(tmp_path / "a"))
     assert dataset.classes == ["cat", "dög 2"] and len(dataset.val) == 4
     pets(tmp_path / "b", ("train", "valid"))
-    assert len(sources.load("folder", str(tmp_path / "b")).val) == 20
+    assert len(data.load("folder", str(tmp_path / "b")).val) == 20
     pets(tmp_path / "c", classes=("train", "bus"))  # vehicles
-    assert sources.load("folder", str(tmp_path / "c")).classes == ["bus", "train"]
+    assert data.load("folder", str(tmp_path / "c")).classes == ["bus", "train"]
 
 
 def test_a_class_of_one_image_is_trained_on(tmp_path):
     pets(tmp_path)
     write_image(tmp_path / "newt" / "1.jpg", 2, 0, (120, 90))
-    dataset = sources.load("folder", str(tmp_path))
+    dataset = data.load("folder", str(tmp_path))
     assert np.bincount(dataset.train.labels).tolist() == [8, 8, 1]
 
 
@@ -224,7 +224,7 @@ def test_fashion_mnist_is_read_from_its_idx_files(gzipped, tmp_path):
                 )
             else:
                 path.write_bytes(head + values.tobytes())
-    dataset = sources.load("fashion-mnist", str(tmp_path))
+    dataset = data.load("fashion-mnist", str(tmp_path))
     for split, prefix in ((dataset.train, "train"), (dataset.val, "t10k")):
         assert np.array_equal(split.pixels, written[prefix][0][..., None].repeat(3, -1))
         assert np.array_equal(split.labels, written[prefix][1])
@@ -233,7 +233,7 @@ def test_fashion_mnist_is_read_from_its_idx_files(gzipped, tmp_path):
     else:
         path.write_bytes(b"half")
     with pytest.raises(ValueError, match=r"t10k-labels-idx1.*not a whole idx file"):
-        sources.load("fashion-mnist", str(tmp_path))
+        data.load("fashion-mnist", str(tmp_path))
 
 
 def test_folders_that_may_not_be_read_are_passed_over(tiny, tmp_path, monkeypatch):
@@ -248,12 +248,12 @@ def test_folders_that_may_not_be_read_are_passed_over(tiny, tmp_path, monkeypatc
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert len(sources.load("tiny-imagenet", str(tmp_path)).classes) == 6
+    assert len(data.load("tiny-imagenet", str(tmp_path)).classes) == 6
 
 
 def test_official_validation_of_tiny_imagenet_is_its_test(tiny):
-    dataset = sources.load("tiny-imagenet-official", str(tiny))
-    plain = sources.load("tiny-imagenet", str(tiny))
+    dataset = data.load("tiny-imagenet-official", str(tiny))
+    plain = data.load("tiny-imagenet", str(tiny))
     assert dataset.train.files == plain.train.files and dataset.val.files == plain.val.files
     assert [Path(file).name for file in dataset.test.files] == [f"val_{i}.JPEG" for i in range(6)]
     assert dataset.test.labels.tolist() == list(range(6)), "as val_annotations.txt says"
@@ -262,7 +262,7 @@ def test_official_validation_of_tiny_imagenet_is_its_test(tiny):
 @pytest.mark.parametrize("kaggle", [False, True])
 def test_food101_in_torchvision_s_and_in_kaggle_s_layout(kaggle, tmp_path):
     root = trees.food101(tmp_path / "input" / "food-101", kaggle=kaggle)
-    dataset = sources.load("food101", str(tmp_path))
+    dataset = data.load("food101", str(tmp_path))
     assert dataset.classes == ["beignets", "cheese_plate", "cheesecake"]
     assert dataset.test is None
     for split, count in ((dataset.train, 6), (dataset.val, 2)):
@@ -284,16 +284,16 @@ def test_class_names_keep_cheesecake_from_cheese_plate(tmp_path):
     trees.food101(tmp_path / "a", ("beignets", "cheese_plate", "cheesecake"))
     trees.food101(tmp_path / "b", ("beignets", "cheesecake", "cheese_plate"))
     for folder in ("a", "b"):
-        dataset = sources.load("food101", str(tmp_path / folder))
+        dataset = data.load("food101", str(tmp_path / folder))
         for file, label in zip(dataset.train.files, dataset.train.labels, strict=True):
             assert Path(file).parent.name == dataset.classes[label]
 
 
 def test_holdout_validates_on_training_images_and_tests_on_the_rest(tmp_path):
     trees.food101(tmp_path)
-    whole = sources.load("food101", str(tmp_path))
+    whole = data.load("food101", str(tmp_path))
     chosen = {"classes": ["beignets", "cheesecake"], "limit": 10}
-    dataset = sources.load("food101", str(tmp_path), holdout=0.4, **chosen)
+    dataset = data.load("food101", str(tmp_path), holdout=0.4, **chosen)
     assert np.bincount(dataset.train.labels).tolist() == [3, 0, 3]
     assert np.bincount(dataset.val.labels).tolist() == [2, 0, 2]
     assert not set(dataset.train.files) & set(dataset.val.files)
@@ -303,11 +303,11 @@ def test_holdout_validates_on_training_images_and_tests_on_the_rest(tmp_path):
 
 def test_cifar100_is_read_and_split(tmp_path, monkeypatch):
     trees.cifar100(tmp_path)
-    dataset = sources.load("cifar100", str(tmp_path))
+    dataset = data.load("cifar100", str(tmp_path))
     assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [100, 100, 50]
     assert dataset.classes[3] == "thing_03" and dataset.train.pixels.shape == (100, 32, 32, 3)
     # 500 a class in the true files: 450 and 50
-    rows = sources.stratified([str(i) for i in range(50_000)], np.arange(50_000) % 100, [0.9])
+    rows = data.stratified([str(i) for i in range(50_000)], np.arange(50_000) % 100, [0.9])
     assert [set(np.bincount(r)) for r in (np.arange(50_000)[r] % 100 for r in rows)] == [
         {450},
         {50},
@@ -329,14 +329,14 @@ def test_a_hostile_pickle_in_cifar100_is_refused_and_not_run(tmp_path, monkeypat
     folder = trees.cifar100(tmp_path)
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": Bomb()}))
     with pytest.raises(ValueError, match=r"meta: not one of CIFAR's files \(it calls .*open"):
-        sources.load("cifar100", str(tmp_path))
+        data.load("cifar100", str(tmp_path))
     assert not (tmp_path / "bomb-went-off").exists()
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
 def test_imagenet_in_folders_and_as_kaggle_has_it(kaggle, tmp_path):
     folder = trees.imagenet(tmp_path / "input" / "imagenet", kaggle)
-    dataset = sources.load("imagenet", str(tmp_path))
+    dataset = data.load("imagenet", str(tmp_path))
     ids = list(trees.IMAGENET_IDS)
     assert dataset.classes == (["tench", "crane n02012849", "crane n03126707"] if kaggle else ids)
     assert np.bincount(dataset.train.labels).tolist() == [4] * 3
@@ -347,18 +347,18 @@ def test_imagenet_in_folders_and_as_kaggle_has_it(kaggle, tmp_path):
     if kaggle:
         shutil.move(tmp_path / "input" / "imagenet" / "LOC_val_solution.csv", tmp_path / "away")
         with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv, which labels it"):
-            sources.load("imagenet", str(folder))
+            data.load("imagenet", str(folder))
 
 
 def test_a_thousand_classes_have_torchvision_s_names(tmp_path):
     ids = [f"n{i:08d}" for i in range(1000)]
-    names = sources.imagenet_names(tmp_path, ids)
+    names = data.imagenet_names(tmp_path, ids)
     assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
 
 
 def test_tiny_imagenet_is_not_taken_for_imagenet(tiny):
     with pytest.raises(FileNotFoundError, match="ImageNet not found"):
-        sources.load("imagenet", str(tiny.parent))
+        data.load("imagenet", str(tiny.parent))
 
 
 @pytest.fixture
@@ -391,26 +391,26 @@ def test_download_fetches_what_is_not_there_once(name, web, tmp_path, monkeypatc
     monkeypatch.setattr(source, url, f"{address}/{archive.name}")
     monkeypatch.setattr(source, md5, "0" * 32)
     with pytest.raises(FileNotFoundError, match="add --download"):
-        sources.load(name)
+        data.load(name)
     with pytest.raises(ValueError, match=f"--download: {name} did not arrive whole"):
-        sources.load(name, download=True)
+        data.load(name, download=True)
     monkeypatch.setattr(source, md5, hashlib.md5(archive.read_bytes()).hexdigest())
-    fetched = sources.load(name, download=True)
+    fetched = data.load(name, download=True)
     assert len(fetched.train) == (100 if name == "cifar100" else 18)
     archive.unlink()
-    assert len(sources.load(name, download=True).train) == len(fetched.train), "it is there now"
+    assert len(data.load(name, download=True).train) == len(fetched.train), "it is there now"
 
 
 def test_a_download_that_fails_is_one_line(web, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.CIFAR100, "url", f"{web[1]}/nowhere.tar.gz")
     with pytest.raises(OSError, match=r"--download: cifar100 cannot be fetched") as error:
-        sources.load("cifar100", download=True)
+        data.load("cifar100", download=True)
     assert "\n" not in str(error.value)
     with pytest.raises(
         ValueError, match="--download: tiny-imagenet cannot be; expected one of food101"
     ):
-        sources.load("tiny-imagenet", download=True)
+        data.load("tiny-imagenet", download=True)
 
 
 def test_a_folder_of_very_many_folders_is_not_searched(tmp_path):
@@ -418,15 +418,15 @@ def test_a_folder_of_very_many_folders_is_not_searched(tmp_path):
         (tmp_path / "many" / f"{i}").mkdir(parents=True)
     trees.cifar100(tmp_path / "many" / "0")
     with pytest.raises(FileNotFoundError):
-        sources.load("cifar100", str(tmp_path))
+        data.load("cifar100", str(tmp_path))
     shutil.rmtree(tmp_path / "many" / "100")
-    assert len(sources.load("cifar100", str(tmp_path)).classes) == 100
+    assert len(data.load("cifar100", str(tmp_path)).classes) == 100
 
 
 @pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("train", "validation", "testing")])
 def test_split_folders_in_any_case_and_with_a_test(names, tmp_path):
     pets(tmp_path, names, images=3)
-    dataset = sources.load("folder", str(tmp_path))
+    dataset = data.load("folder", str(tmp_path))
     assert dataset.classes == ["cat", "dög 2"]
     for split, name in zip((dataset.train, dataset.val, dataset.test), names, strict=True):
         assert len(split) == 6 and all(f"/{name}/" in file for file in split.files)
@@ -434,20 +434,20 @@ def test_split_folders_in_any_case_and_with_a_test(names, tmp_path):
 
 def test_train_and_test_without_val(tmp_path):
     pets(tmp_path, ("train", "test"))
-    dataset = sources.load("folder", str(tmp_path))
+    dataset = data.load("folder", str(tmp_path))
     assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [16, 4, 20]
     shutil.rmtree(tmp_path / "test")
     write_image(tmp_path / "test" / "1.jpg", 0, 0)  # unlabelled
-    assert sources.load("folder", str(tmp_path)).test is None
+    assert data.load("folder", str(tmp_path)).test is None
     write_image(tmp_path / "val" / "1.jpg", 0, 0)
     with pytest.raises(ValueError, match="val: expected a folder for each class"):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
 
 
 def test_folders_that_are_all_splits_are_no_classes(tmp_path):
     pets(tmp_path, ("training", "testing"))
     with pytest.raises(ValueError, match="found testing and training; see README"):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -455,7 +455,7 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
     for name in ("plain", os.fsdecode(b"caf\xe9")):
         write_image(tmp_path / name / "1.jpg", 0, 0)
     with pytest.raises(ValueError, match=r"expected names in UTF-8, found b'caf\\xe9'; rename it"):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
 
 
 def test_what_is_held_out_does_not_depend_on_classes_or_mount(tmp_path):
@@ -463,7 +463,7 @@ def test_what_is_held_out_does_not_depend_on_classes_or_mount(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "somewhere" / "else")
 
     def held(place, **chosen):
-        val = sources.load("food101", str(tmp_path / place), holdout=0.3, **chosen).val
+        val = data.load("food101", str(tmp_path / place), holdout=0.3, **chosen).val
         return {Path(file).name for file in val.files if "beignets" in file}
 
     assert len(held("a")) == 6
@@ -471,33 +471,33 @@ def test_what_is_held_out_does_not_depend_on_classes_or_mount(tmp_path):
 
 
 def test_holdout_leaves_a_test_split_alone():
-    plain, held = sources.load("demo"), sources.load("demo", holdout=0.25)
+    plain, held = data.load("demo"), data.load("demo", holdout=0.25)
     assert len(held.train) == 3000 and len(held.val) == 1000
     assert np.array_equal(held.test.pixels, plain.test.pixels)
 
 
 def test_the_split_is_the_same_everywhere_and_for_ever():
     names = [f"{c}/{i}.jpg" for c in ("cat", "dög") for i in range(10)]
-    _, val = sources.stratified(names, np.repeat([0, 1], 10), [0.7])
+    _, val = data.stratified(names, np.repeat([0, 1], 10), [0.7])
     assert val.tolist() == [6, 7, 9, 10, 16, 17]
-    assert sources.relative(["/a/o\u0308/1.jpg", "/a/u/2.jpg"]) == ["ö/1.jpg", "u/2.jpg"]
+    assert data.relative(["/a/o\u0308/1.jpg", "/a/u/2.jpg"]) == ["ö/1.jpg", "u/2.jpg"]
 
 
 def test_a_data_set_that_is_not_whole_is_refused(tmp_path):
     trees.food101(tmp_path)
     shutil.rmtree(tmp_path / "images" / "cheesecake")
     with pytest.raises(ValueError, match="1 classes are not there, the first cheesecake"):
-        sources.load("food101", str(tmp_path))
+        data.load("food101", str(tmp_path))
 
 
 def test_pictures_that_are_not_read_are_counted(tmp_path, capsys):
     pets(tmp_path)
     (tmp_path / "cat" / "phone.HEIC").write_bytes(b"whatever")
-    sources.load("folder", str(tmp_path))
+    data.load("folder", str(tmp_path))
     assert "left out {'.heic': 1}" in capsys.readouterr().out
     (tmp_path / "horse").mkdir()
     with pytest.raises(ValueError, match=r"horse: no images \(\.jpg, "):
-        sources.load("folder", str(tmp_path))
+        data.load("folder", str(tmp_path))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -506,6 +506,6 @@ def test_names_that_are_no_text(tmp_path):
     os.rename(
         os.fsencode(tmp_path / "cat" / "1 ü.jpg"), os.fsencode(tmp_path / "cat") + b"/\xff.jpg"
     )
-    dataset = sources.load("folder", str(tmp_path))
+    dataset = data.load("folder", str(tmp_path))
     keep(dataset.train, tmp_path / "cache", cache=True)
     assert len(dataset.train) + len(dataset.val) == 20

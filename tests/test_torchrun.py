@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 
-import checkpoint
 import data
 import train
+from engine import checkpoint
+from engine.adapt import ADAPTERS
+from engine.config import parse
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's torchrun is for Unix")
 
@@ -25,11 +27,11 @@ def curves(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", checkpoint.ADAPTERS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_two_processes_learn_what_one_does(adapter, tmp_path, torchrun):
     """Their sums are rounded otherwise: an image that is on the edge of two classes may be in the other."""
     flags = [*FLAGS, "--adapter", adapter]
-    train.train(train.parse([*flags, "--out", str(tmp_path / "one")]))
+    train.train(parse([*flags, "--out", str(tmp_path / "one")]))
     status, said, error = torchrun(*flags, "--out", "two")
     assert status == 0, error
     assert said.count(f"{adapter}: ") == 1, "one process prints"

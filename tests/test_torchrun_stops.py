@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from test_torchrun import FLAGS, curves
 
-import checkpoint
+from engine import checkpoint
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo's torchrun is for Unix")
 

@@ -22,11 +22,15 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import DataLoader, TensorDataset
 from trees import food101, pets, tiny_imagenet
 
-import checkpoint
 import data
-import devices
 import train
 import vit
+from engine import checkpoint, devices
+from engine.adapt import METHODS, adapt
+from engine.config import RECIPES, Config, parse
+from engine.devices import Autocast, pick_dtype
+from engine.files import remove_temporaries
+from engine.run import make_folder
 
 QUICK = {"limit": 48, "epochs": 2, "batch_size": 16, "workers": 0}
 
@@ -49,7 +53,7 @@ def test_default_run_learns_and_says_so(default_run):
     accuracy = float(re.fullmatch(r"Validation Accuracy: (\d+\.\d\d)%", lines[-1])[1])
     assert accuracy > 80
     assert re.match(r"lora: [\d,]+ of [\d,]+ parameters train \(\d+\.\d\d%\)", lines[0])
-    assert sum(line.startswith("epoch ") for line in lines) == train.RECIPES["demo"]["epochs"]
+    assert sum(line.startswith("epoch ") for line in lines) == RECIPES["demo"]["epochs"]
     assert re.fullmatch(r"demo-lora-0-\d{8}-\d{6}", run_dir.name)
 
 
@@ -71,7 +75,7 @@ def test_default_run_leaves_its_files(default_run):
             assert min(picture.size) > 300
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["recipe"] == "demo" and config["rank"] == train.RECIPES["demo"]["rank"]
+    assert config["recipe"] == "demo" and config["rank"] == RECIPES["demo"]["rank"]
     assert config["versions"]["torch"] == torch.__version__
 
 
@@ -152,7 +156,7 @@ def test_food101_recipes(adapter, trainable, tmp_path, capsys):
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     wanted = {"rank": 16, "alpha": 16, "lr": 5e-3, "grad_accum": 4, "targets": "query,value"}
     assert {key: config[key] for key in wanted} == wanted
-    recipe = train.Config(recipe=f"food101-{adapter}")
+    recipe = Config(recipe=f"food101-{adapter}")
     assert (recipe.weights, recipe.batch_size, recipe.epochs, recipe.amp) == (
         "in21k",
         128,
@@ -166,9 +170,9 @@ def test_food101_recipes(adapter, trainable, tmp_path, capsys):
     assert len(info["classes"]) == 101 and info["classes"][0] == "beignets"
 
 
-@pytest.mark.parametrize("adapter", checkpoint.METHODS)
+@pytest.mark.parametrize("adapter", METHODS)
 def test_train_from_python_for_every_adapter(adapter, tmp_path):
-    config = train.Config(adapter=adapter, out=str(tmp_path / "run"), **QUICK)
+    config = Config(adapter=adapter, out=str(tmp_path / "run"), **QUICK)
     result = train.train(config)
     assert 0 <= result["val_accuracy"] <= 1 and result["run_dir"] == str(tmp_path / "run")
     assert (result["trainable"] == result["total"]) == (adapter == "full")
@@ -187,7 +191,7 @@ def plain_loop(config, epochs_of_batches):
     """AdamW and torch's own linear schedule on given batches: the oracle for the loop."""
     torch.manual_seed(config.seed)
     model, _ = vit.build("vit_mini", "embedded", 10)
-    checkpoint.adapt(model, "lora", config.rank, config.alpha)
+    adapt(model, "lora", config.rank, config.alpha)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     steps = sum(map(len, epochs_of_batches))
@@ -210,7 +214,7 @@ def test_the_loop_is_adamw_with_a_linear_schedule_whatever_the_accumulation(
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     torch.set_default_dtype(torch.float64)
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    config = train.Config(
+    config = Config(
         limit=48,
         epochs=2,
         batch_size=batch_size,
@@ -251,7 +255,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
         return next(accuracies)
 
     monkeypatch.setattr(train, "evaluate", judged)
-    run = train.prepare(train.Config(out=str(tmp_path / "run"), **{**QUICK, "epochs": 3}))
+    run = train.prepare(Config(out=str(tmp_path / "run"), **{**QUICK, "epochs": 3}))
     result = train.fit(run)
     assert (result["val_accuracy"], result["best_epoch"]) == (0.8, 2)
     assert torch.equal(run.model.heads.head.weight, states[1]["model.heads.head.weight"])
@@ -276,7 +280,7 @@ def test_same_seed_same_result_bit_for_bit(tmp_path):
 
     def tensors(name, **changed):
         settings = {**QUICK, **files, "adapter_dropout": 0.1, **changed}
-        train.train(train.Config(out=tmp_path / name, **settings))
+        train.train(Config(out=tmp_path / name, **settings))
         return checkpoint.read_adapter(tmp_path / name / "adapter.safetensors")[0]
 
     a, b, c = tensors("a"), tensors("b", workers=2), tensors("c", seed=1)
@@ -298,7 +302,7 @@ def test_mixed_precision_computes_in_it_and_trains_float32_tensors(
             super().__init__(device, init_scale=256.0, enabled=enabled)
 
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
-    run = train.prepare(train.Config(amp=amp, out=str(tmp_path / "run"), **QUICK))
+    run = train.prepare(Config(amp=amp, out=str(tmp_path / "run"), **QUICK))
     logits = {True: [], False: []}
     run.model.register_forward_hook(lambda model, _, out: logits[model.training].append(out.dtype))
     result = train.fit(run)
@@ -319,8 +323,8 @@ def test_auto_is_bf16_where_the_gpu_has_it_and_fp16_where_it_emulates_it(
         return native or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert train.pick_dtype("auto", torch.device("cuda")) == dtype
-    assert train.pick_dtype("auto", torch.device("cpu")) == torch.float32
+    assert pick_dtype("auto", torch.device("cuda")) == dtype
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -355,7 +359,7 @@ def test_all_gpus_are_used_unless_one_is_named(monkeypatch):
 
 
 def test_test_split_is_evaluated_on_request_with_the_best_epoch(tmp_path):
-    result = train.train(train.Config(test=True, out=str(tmp_path / "run"), **QUICK))
+    result = train.train(Config(test=True, out=str(tmp_path / "run"), **QUICK))
     model, info = checkpoint.load_adapter(tmp_path / "run" / "adapter.safetensors")
     test = data.load("demo", limit=QUICK["limit"]).test
     loss, accuracy = train.evaluate(model, data.batches(test, 16, info["preprocessing"]))
@@ -364,7 +368,7 @@ def test_test_split_is_evaluated_on_request_with_the_best_epoch(tmp_path):
 
 
 def test_config_takes_what_python_has_for_paths_names_and_numbers(tmp_path):
-    config = train.Config(
+    config = Config(
         out=tmp_path / "run",
         targets=["query", "mlp.0"],
         classes=["two", "one"],
@@ -381,9 +385,9 @@ def test_config_takes_what_python_has_for_paths_names_and_numbers(tmp_path):
         ({"flip": "no"}, "--flip 'no': expected True or False"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
-            train.Config(**wrong)
+            Config(**wrong)
     with pytest.raises(ValueError, match=r"--targets \[\]: expected"):
-        train.train(train.Config(targets=[]))
+        train.train(Config(targets=[]))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_epoch(
@@ -476,7 +480,7 @@ def test_data_may_be_read_only(flags, tmp_path):
     ids=str,
 )
 def test_what_to_try_where_memory_ends_learns_the_same(config, advice):
-    said = train.smaller(train.Config(**config), MemoryError("all of it").with_traceback(None))
+    said = train.smaller(Config(**config), MemoryError("all of it").with_traceback(None))
     assert advice.replace("; try", "(all of it); try") in said
 
 
@@ -494,25 +498,25 @@ def test_files_of_another_run_are_not_overwritten(name, tmp_path, capsys):
     (tmp_path / ".mine.tmp").write_bytes(b"somebody's")
     assert train.main(["--limit", "20", "--epochs", "1", "--out", str(tmp_path)]) == 2
     assert "holds a run already" in capsys.readouterr().err
-    checkpoint.remove_temporaries(tmp_path)
+    remove_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {name, ".mine.tmp"}
 
 
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20260101-120000")
-    folders = [train.make_folder(train.Config())[0].name for _ in range(3)]
+    folders = [make_folder(Config())[0].name for _ in range(3)]
     name = "demo-lora-0-20260101-120000"
     assert folders == [name, f"{name}-2", f"{name}-3"]
 
 
 def test_recipe_then_flags():
-    tiny = train.Config(recipe="tiny-imagenet-lora")
+    tiny = Config(recipe="tiny-imagenet-lora")
     assert (tiny.dataset, tiny.weight_decay, tiny.rank) == ("tiny-imagenet", 0.03, 4)
-    assert train.Config(recipe="tiny-imagenet-lora", rank=8).rank == 8
-    assert train.parse([]) == train.Config()
-    parsed = train.parse("--recipe tiny-imagenet-lora --rank 8 --no-flip --classes a,b".split())
-    assert parsed == train.Config("tiny-imagenet-lora", rank=8, flip=False, classes="a,b")
+    assert Config(recipe="tiny-imagenet-lora", rank=8).rank == 8
+    assert parse([]) == Config()
+    parsed = parse("--recipe tiny-imagenet-lora --rank 8 --no-flip --classes a,b".split())
+    assert parsed == Config("tiny-imagenet-lora", rank=8, flip=False, classes="a,b")
     assert parsed.alpha == 32 and isinstance(parsed.alpha, float)
 
 
@@ -581,7 +585,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, capsys, tmp_path, mo
 
 
 def test_a_run_is_never_overwritten(tmp_path, capsys):
-    train.train(train.Config(out=str(tmp_path / "run"), **QUICK))
+    train.train(Config(out=str(tmp_path / "run"), **QUICK))
     before = (tmp_path / "run" / "adapter.safetensors").read_bytes()
     assert train.main(["--out", str(tmp_path / "run"), "--limit", "20"]) == 2
     assert "holds a run already" in capsys.readouterr().err
@@ -595,7 +599,7 @@ def test_status_2_and_no_traceback_as_a_process(run_script):
 
 
 def test_autocast_reaches_the_threads_of_data_parallel():
-    forward = train.Autocast(torch.nn.Linear(4, 3), torch.device("cpu"), torch.bfloat16)
+    forward = Autocast(torch.nn.Linear(4, 3), torch.device("cpu"), torch.bfloat16)
     dtypes = []
     thread = threading.Thread(target=lambda: dtypes.append(forward(torch.ones(1, 4)).dtype))
     thread.start()

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import vit
+from attention import Attention, join_attention, split_attention
 
 
 @pytest.fixture
@@ -27,12 +28,12 @@ def images():
 
 def test_split_and_joined_give_the_original_s_logits(stock, images):
     logits = stock(images)
-    split = vit.split_attention(copy.deepcopy(stock))
+    split = split_attention(copy.deepcopy(stock))
     names = {name.split("self_attention.")[-1] for name, _ in split.named_parameters()}
     assert {"query.weight", "key.bias", "value.weight", "out.weight"} <= names
     assert not any(isinstance(m, nn.MultiheadAttention) for m in split.modules())
     torch.testing.assert_close(split(images), logits, rtol=0, atol=1e-12)
-    joined = vit.join_attention(split)
+    joined = join_attention(split)
     torch.testing.assert_close(joined(images), logits, rtol=0, atol=1e-12)
     for (name, a), (other, b) in zip(
         joined.state_dict().items(), stock.state_dict().items(), strict=True
@@ -42,11 +43,11 @@ def test_split_and_joined_give_the_original_s_logits(stock, images):
 
 def test_split_keeps_mode_and_frozen_parameters(stock):
     stock.requires_grad_(False)
-    split = vit.split_attention(stock)
+    split = split_attention(stock)
     assert not any(p.requires_grad for p in split.parameters())
     assert not any(m.training for m in split.modules())
     split.encoder.layers[0].self_attention.value.weight.requires_grad_(True)
-    joined = vit.join_attention(split)
+    joined = join_attention(split)
     trains = [name for name, p in joined.named_parameters() if p.requires_grad]
     assert trains == ["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"]
 
@@ -55,34 +56,34 @@ def test_attention_dropout_is_on_in_training_alone(images):
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(28, 7, 1, 4, 32, 48, attention_dropout=0.5)
     nn.init.normal_(model.heads.head.weight)
-    model = vit.split_attention(model.double())
+    model = split_attention(model.double())
     assert not torch.equal(model.train()(images), model(images))
     assert torch.equal(model.eval()(images), model(images))
 
 
 @pytest.mark.parametrize("special", [{"batch_first": False}, {"add_bias_kv": True}, {"kdim": 4}])
 def test_attention_that_cannot_be_split_is_refused_by_name(special):
-    attention = nn.MultiheadAttention(8, 2, **{"batch_first": True, **special})
+    block = nn.MultiheadAttention(8, 2, **{"batch_first": True, **special})
     with pytest.raises(ValueError, match="block"):
-        vit.split_attention(nn.ModuleDict({"block": attention}))
+        split_attention(nn.ModuleDict({"block": block}))
 
 
 def test_the_attention_of_torch_s_own_encoder_is_refused():
     """It reads batch_first and in_proj_weight of its attention."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn: TransformerEncoderLayer reads"):
-        vit.split_attention(encoder)
+        split_attention(encoder)
 
 
 def test_an_attention_at_two_places_is_split_and_joined_as_one(stock, images):
     blocks = stock.encoder.layers
     blocks[1].self_attention = blocks[0].self_attention
     before = stock.eval()(images)
-    vit.split_attention(stock)
-    assert isinstance(blocks[0].self_attention, vit.Attention)
+    split_attention(stock)
+    assert isinstance(blocks[0].self_attention, Attention)
     assert blocks[0].self_attention is blocks[1].self_attention
     torch.testing.assert_close(stock(images), before, rtol=0, atol=1e-5)
-    vit.join_attention(stock)
+    join_attention(stock)
     assert isinstance(blocks[0].self_attention, nn.MultiheadAttention)
     assert blocks[0].self_attention is blocks[1].self_attention
     torch.testing.assert_close(stock(images), before, rtol=0, atol=1e-5)
@@ -91,10 +92,10 @@ def test_an_attention_at_two_places_is_split_and_joined_as_one(stock, images):
 def test_joining_an_adapted_model_is_refused(stock):
     from lora import LoRALinear, replace_linear
 
-    model = vit.split_attention(stock)
+    model = split_attention(stock)
     replace_linear(model, LoRALinear, ["query"])
     with pytest.raises(ValueError, match=r"query is a LoRALinear: call merge"):
-        vit.join_attention(model)
+        join_attention(model)
 
 
 def test_vit_b_16_is_torchvision_s():
@@ -121,7 +122,7 @@ def test_trunk_from_a_file_gives_the_file_s_features(tmp_path, suffix, split):
     original.load_state_dict(state())
     original.eval()
     if split:
-        vit.split_attention(original)
+        split_attention(original)
     save = torch.save if suffix == "pth" else save_file
     save(original.state_dict(), path)
     model, preprocessing = vit.build("vit_mini", str(path), num_classes=7, head_dropout=0.3)

@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ViTModel
 
-import checkpoint
+import attention
 import vit
+from engine import checkpoint
+from engine.adapt import ADAPT, adapt
 
 
 @pytest.fixture(autouse=True)
@@ -145,8 +147,8 @@ def test_an_adapter_remembers_the_eps_of_its_trunk(tmp_path):
     model.save_pretrained(tmp_path / "trunk")
     for adapter in ("lora", "full"):
         built, preprocessing = vit.build("vit_mini", str(tmp_path / "trunk"), 3)
-        checkpoint.adapt(built, adapter)
-        info = {key: None for key in checkpoint.ADAPT} | dict(
+        adapt(built, adapter)
+        info = {key: None for key in ADAPT} | dict(
             adapter=adapter, rank=4, alpha=32.0, targets="all", bias="none", factor=-1
         )
         info |= {"decompose_both": False, "model": "vit_mini", "weights": str(tmp_path / "trunk")}
@@ -171,7 +173,7 @@ def published(folder, seed=0):
     """A file in the published layout at full size, in float16 to be small."""
     with torch.device("meta"):
         trunk = vit.VisionTransformer(**vit.MODELS["vit_b_16"])
-        trunk = vit.split_attention(trunk)
+        trunk = attention.split_attention(trunk)
     theirs = vit.names("vit_b_16", "hf")
     generator = torch.Generator().manual_seed(seed)
     tensors = {"pooler.dense.bias": torch.zeros(768, dtype=torch.float16)}

@@ -25,11 +25,12 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-import checkpoint
 import data
-import pictures
-from config import Config, begun, taken
-from devices import gather, meet_at, rank, world
+from engine import checkpoint, pictures
+from engine.adapt import ADAPTERS, relative_norms
+from engine.config import Config, begun, taken
+from engine.devices import gather, meet_at, rank, world
+from engine.files import atomic, remove_temporaries
 
 try:
     import fcntl
@@ -89,7 +90,7 @@ def make_folder(config: Config) -> tuple[Path, IO]:
             file.write(text + "\n")
             file.truncate()
             file.flush()
-            checkpoint.remove_temporaries(folder)
+            remove_temporaries(folder)
             return folder, file
         except FileExistsError:
             continue  # runs that start in one second have names of their own
@@ -183,7 +184,7 @@ class Log:
 
     def epoch(self, epoch: int, val_loss: float, val_accuracy: float):
         row = {"val_loss": val_loss, "val_accuracy": val_accuracy}
-        norms = checkpoint.relative_norms(self.run.model).values()
+        norms = relative_norms(self.run.model).values()
         if norms := [norm for norm in norms if math.isfinite(norm)]:  # at.save refuses the others
             row[NORMS] = norms
         self.write(epoch * self.steps, **row)
@@ -217,7 +218,7 @@ class Log:
 
     def save_metrics(self):
         with (
-            checkpoint.atomic(self.run.folder / "metrics.csv") as temporary,
+            atomic(self.run.folder / "metrics.csv") as temporary,
             open(temporary, "w", newline="") as file,
         ):
             writer = csv.DictWriter(file, self.COLUMNS, restval="", extrasaction="ignore")
@@ -449,7 +450,7 @@ def draw(run: Run, accuracy: float, counts: torch.Tensor | None) -> None:
     predictions.png, what it says of 24 validation images."""
     config = run.config
     what = pictures.NAMES[config.adapter]
-    what += f" rank {config.rank}" if config.adapter in checkpoint.ADAPTERS else ""
+    what += f" rank {config.rank}" if config.adapter in ADAPTERS else ""
     pictures.plot_curves(
         run.folder / "metrics.csv",
         run.folder / "curves.png",

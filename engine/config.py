@@ -11,10 +11,11 @@ from typing import get_args
 
 from torch import nn
 
-import checkpoint
 import data
 import export
 import vit
+from engine import checkpoint
+from engine.adapt import METHODS
 
 
 def option(default, help: str, choices=None):
@@ -40,7 +41,7 @@ class Config:
         "imagenet1k", "imagenet1k, swag, in21k, embedded, none, a file or a folder"
     )
     image_size: int | None = option(None, "pixels of a side (default: the trunk's own)")
-    adapter: str = option("lora", "what trains", checkpoint.METHODS)
+    adapter: str = option("lora", "what trains", METHODS)
     rank: int = option(4, "inner dimension of the adapters")
     alpha: float = option(32.0, "the update is scaled by alpha / rank")
     targets: str = option("all", "all linear layers, or last parts of names with commas")

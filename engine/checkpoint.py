@@ -16,14 +16,7 @@ random generators, and what train.py adds of its own. It is read without unpickl
 import hashlib
 import io
 import json
-import os
 import random
-import re
-import secrets
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,54 +25,12 @@ from safetensors.torch import save
 from torch import nn
 
 import vit
-from devices import out_of_memory
-from loha import LoHaLinear
-from lokr import LoKrLinear
-from lora import LoRALinear, mark_trainable, replace_linear
+from engine.adapt import ADAPT, adapt
+from engine.devices import out_of_memory
+from engine.files import atomic, first_mismatch, read_tensors
 
-ADAPTERS = {"lora": LoRALinear, "loha": LoHaLinear, "lokr": LoKrLinear}
-METHODS = (*ADAPTERS, "head", "full")  # head: a linear probe; full: everything trains
 ADAPTER_FILE = "adapter.safetensors"  # in a run's folder
 TEXTS = ("adapter", "bias", "model", "weights", "trunk")  # stand in the metadata as they are
-ADAPT = ("adapter", "rank", "alpha", "targets", "bias", "factor", "decompose_both")
-
-
-def adapt(
-    model: nn.Module,
-    adapter: str = "lora",
-    rank: int = 4,
-    alpha: float = 32.0,
-    targets: str | list[str] = "all",
-    bias: str = "none",
-    dropout: float = 0.0,
-    module_dropout: float = 0.0,
-    factor: int = -1,
-    decompose_both: bool = False,
-) -> tuple[int, int]:
-    """Wrap and mark a model for one of METHODS, in place; return (trainable, total) parameters.
-
-    factor and decompose_both are LoKr's alone. Raises ValueError for what does not fit the model.
-    """
-    if adapter not in METHODS:
-        raise ValueError(f"adapter {adapter!r}: expected one of {', '.join(METHODS)}")
-    if adapter in ADAPTERS:
-        special = {"factor": factor, "decompose_both": decompose_both} if adapter == "lokr" else {}
-        wrap = partial(
-            ADAPTERS[adapter],
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            module_dropout=module_dropout,
-            **special,
-        )
-        for name in replace_linear(model, wrap, targets):
-            if "heads.head" in name:
-                raise ValueError(f"targets: {name} is the head, which trains whole: leave it out")
-    if adapter == "full":
-        model.requires_grad_(True)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        return total, total
-    return mark_trainable(model, bias=bias)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -96,29 +47,6 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of path once all is written, and never before."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_temporaries(folder: Path, idle: float = 0) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder. Where others may be
-    writing, idle: only what nobody has written to for so many seconds."""
-    for temporary in folder.glob(".*.tmp"):
-        with suppress(OSError):
-            ours = re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", temporary.name)  # atomic's
-            if ours and time.time() - temporary.stat().st_mtime >= idle:
-                temporary.unlink()
-
-
 def trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """The trainable tensors of the model by name, copied to the CPU."""
     return {
@@ -126,14 +54,6 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-
-
-@torch.no_grad()
-def relative_norms(model: nn.Module) -> dict[str, float]:
-    """How far each adapter has moved its layer: ||delta W|| / ||W||, Frobenius norms, by name."""
-    layers = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
-    norms = [m.delta_weight().norm() / m.linear.weight.norm() for m in layers.values()]
-    return dict(zip(layers, torch.stack(norms).tolist() if norms else [], strict=True))
 
 
 def put(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -165,7 +85,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     path = path / ADAPTER_FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
-    tensors, metadata = vit.read_weights(path)
+    tensors, metadata = read_tensors(path)
     needed = (*ADAPT, "model", "weights", "seed", "trunk", "classes", "preprocessing")
     for key in needed:
         if key not in metadata:
@@ -192,7 +112,7 @@ def restore(model: nn.Module, path: str | Path) -> dict:
 def copy_tensors(model: nn.Module, tensors: dict, info: dict, path: str | Path) -> None:
     """Put the tensors of an adapter file where they belong, or raise ValueError: see restore."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if problem := vit.first_mismatch(trainable, tensors):
+    if problem := first_mismatch(trainable, tensors):
         raise ValueError(f"{path}: {problem}")
     # A random trunk comes from its seed, and processors differ in how they round that: not compared.
     if info["weights"] != "none" and (found := fingerprint(model)) != info["trunk"]:

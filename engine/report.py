@@ -19,12 +19,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import checkpoint
 import data
-import pictures
 import vit
-from config import Config
-from devices import Autocast, out_of_memory, pick_device, pick_dtype
+from engine import pictures
+from engine.adapt import ADAPT, adapt
+from engine.config import Config
+from engine.devices import Autocast, out_of_memory, pick_device, pick_dtype
+from engine.files import atomic
 
 COLUMNS = """run method rank dropout lr seed trial final val_accuracy val_loss best_epoch test_accuracy
     test_loss trainable total adapter_bytes images_per_second kept_bytes""".split()
@@ -35,9 +36,9 @@ def kept(config: Config, classes: int) -> int | None:
     suffice."""
     c, device = config, pick_device(config.device)
     model, preprocessing = vit.build(c.model, c.weights, classes, c.image_size, c.head_dropout)
-    arguments = {key: getattr(c, key) for key in checkpoint.ADAPT}
+    arguments = {key: getattr(c, key) for key in ADAPT}
     # without module_dropout: no adapter sits this batch out
-    checkpoint.adapt(model, dropout=c.adapter_dropout, **arguments)
+    adapt(model, dropout=c.adapter_dropout, **arguments)
     model = Autocast(model.to(device).train(), device, pick_dtype(c.amp, device))
     images = torch.randn(c.batch_size, 3, *[preprocessing["image_size"]] * 2, device=device)
     labels = torch.zeros(c.batch_size, dtype=torch.int64, device=device)
@@ -91,7 +92,7 @@ def write(
     main, beside: the variants of the table, and those that show the effect of dropout.
     how: how the learning rates were chosen, and the command.
     """
-    with checkpoint.atomic(out / "comparison.csv") as temporary:
+    with atomic(out / "comparison.csv") as temporary:
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="")
             writer.writeheader()
@@ -101,11 +102,11 @@ def write(
     if beside:
         parts += ["## Dropout of the adapters", dropout_table(beside)]
     parts += ["## The learning rates that were tried, with seed 0", lr_table(rows)]
-    with checkpoint.atomic(out / "comparison.md") as temporary:
+    with atomic(out / "comparison.md") as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     split = "test" if d.test else "val"
     title = f"{config.dataset}: {len(d.train):,} training images, {config.model}"
-    with checkpoint.atomic(out / "comparison.png") as temporary:
+    with atomic(out / "comparison.png") as temporary:
         pictures.plot_comparison(main, beside, split, temporary, title)
 
 
@@ -235,6 +236,8 @@ def commit() -> str:
     """What git calls this state of the files, with a comma before; nothing outside of a clone."""
     with suppress(OSError):  # no git
         command = ["git", "describe", "--always", "--dirty"]
-        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        said = subprocess.run(
+            command, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        )
         return f", commit {said.stdout.strip()}" if said.returncode == 0 else ""
     return ""

@@ -8,7 +8,6 @@ adapter_model.safetensors, whose keys are PREFIX and the names that PEFT gives t
 three methods that our layers do not compute is refused by the key that says so.
 """
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,8 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-import checkpoint
-import vit
-from checkpoint import ADAPTERS
+from engine.adapt import ADAPTERS
+from engine.files import atomic, first_mismatch, read_json, read_tensors, write_json
 from lokr import factorization
 from lora import mark_trainable, replace_linear
 
@@ -141,7 +139,7 @@ def peft_key(name: str, adapters) -> str:
 
 
 def settings_of(adapters: dict[str, nn.Module]) -> dict:
-    """The arguments of checkpoint.adapt that these adapters were made with."""
+    """The arguments of adapt that these adapters were made with."""
     found = {(type(layer), layer.rank, layer.scale) for layer in adapters.values()}
     if len(found) > 1:
         shown = sorted(f"{kind.__name__} rank {rank} scale {s:g}" for kind, rank, s in found)
@@ -235,20 +233,15 @@ def write_peft(
         config["decompose_factor"] = settings["factor"]
         config["decompose_both"] = settings["decompose_both"]
     folder.mkdir(parents=True, exist_ok=True)
-    with checkpoint.atomic(folder / FILES[0]) as temporary:
+    with atomic(folder / FILES[0]) as temporary:
         content = {PREFIX + key: tensor for key, tensor in tensors.items()}
         temporary.write_bytes(save(content, {"format": "pt"}))
     beside()
     write_json(folder / CONFIG, config)
 
 
-def write_json(path: Path, content: dict) -> None:
-    with checkpoint.atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
 def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The settings (arguments of checkpoint.adapt) of a PEFT folder and its tensors by key, without PREFIX.
+    """The settings (arguments of adapt) of a PEFT folder and its tensors by key, without PREFIX.
 
     Raises FileNotFoundError for a missing file, ValueError for a variant of LoRA, LoHa and LoKr that is
     none of ours, naming the key that says so.
@@ -258,9 +251,9 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     for there, names in ((path.is_file(), CONFIG), (file, " or ".join(FILES))):
         if not there:
             raise FileNotFoundError(f"{folder}: expected {names}, found no such file")
-    config = vit.read_json(path)
+    config = read_json(path)
     settings = peft_settings(config, path)
-    tensors, _ = vit.read_weights(file)
+    tensors, _ = read_tensors(file)
     for key in tensors:
         if not key.startswith(PREFIX):
             raise ValueError(f"{file}: {key}: expected a key that begins with {PREFIX}")
@@ -283,7 +276,7 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def peft_settings(config: dict, path: Path) -> dict:
-    """The arguments of checkpoint.adapt that an adapter_config.json stands for."""
+    """The arguments of adapt that an adapter_config.json stands for."""
     adapter = str(config.get("peft_type")).lower()
     if adapter not in ADAPTERS:
         kinds = ", ".join(kind.upper() for kind in ADAPTERS)
@@ -327,7 +320,7 @@ def expected(model: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def fill(parameters: dict[str, nn.Parameter], tensors: dict, folder: str | Path) -> None:
     """Copy tensors into parameters of the same keys. Raises ValueError, nothing copied, unless all fit."""
-    if problem := vit.first_mismatch(parameters, tensors):
+    if problem := first_mismatch(parameters, tensors):
         raise ValueError(f"{folder}: {PREFIX}{problem}")
     for key, parameter in parameters.items():
         parameter.copy_(tensors[key])

@@ -1,9 +1,9 @@
 """Write kaggle.ipynb and paste.ipynb out of the modules, so that there is one copy of the code.
 
-    python notebooks.py
+    python -m engine.notebooks
 
 kaggle.ipynb writes the modules to files (%%writefile) and trains with them; paste.ipynb has lora.py and
-vit.py as cells, and nothing else of the project. A test runs this script, and both from start to finish.
+attention.py as cells, and nothing else of the project. A test runs this script, and both from start to finish.
 """
 
 import base64
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-import sources
+import data
 import vit
 
-HERE = Path(__file__).parent
-MODULES = "lora loha lokr vit sources data checkpoint export peft_folder config devices record"
-MODULES = [*MODULES.split(), "pictures", "train", "predict"]
+HERE = Path(__file__).parent.parent
+ENGINE = "__init__ files images devices adapt checkpoint peft_folder pictures config run"
+MODULES = "lora loha lokr attention vit data".split()
+MODULES += [*(f"engine/{name}" for name in ENGINE.split()), "export", "train", "predict"]
 LARGEST = 1_000_000  # bytes: Kaggle does not save a notebook of more than 1 MB
 
 
@@ -72,7 +73,7 @@ def demo() -> str:
             weight = (weight / step.float()).round().clamp(-3, 3).to(torch.int8)
         tensors[name] = weight.half() if weight.is_floating_point() else weight
     for part, limit in (("train", 800), ("val", 400)):
-        split = getattr(sources.load("demo", limit=limit), part)
+        split = getattr(data.load("demo", limit=limit), part)
         greys = np.rint(split.pixels[..., 0] / 255 * 7).astype(np.uint8)
         tensors[f"{part}.images"] = torch.from_numpy(greys)
         tensors[f"{part}.labels"] = torch.from_numpy(split.labels.astype(np.uint8))
@@ -120,7 +121,7 @@ from pathlib import Path
 
 CODE = Path("vit-adapters")
 if Path.cwd().name != CODE.name:  # this cell may be run again
-    CODE.mkdir(exist_ok=True)
+    (CODE / "engine").mkdir(parents=True, exist_ok=True)
     os.chdir(CODE)
 sys.path.insert(0, str(Path.cwd()))
 """),
@@ -170,11 +171,12 @@ Now: what is attached?
         code("""
 import tempfile
 
-import checkpoint
+import data
 import predict
-import sources
 import train
 import vit
+from engine.adapt import ADAPT, METHODS, adapt
+from engine.config import FREE, Config
 
 
 def attached(*names):
@@ -184,7 +186,7 @@ def attached(*names):
         return all((folder / name).exists() for name in names)
 
     try:
-        return sources.find(" and ".join(names), INPUT, holds, "")
+        return data.find(" and ".join(names), INPUT, holds, "")
     except FileNotFoundError:
         return None
 
@@ -201,15 +203,15 @@ else:
         settings |= {"dataset": "folder", "data_dir": "digits"}
 settings |= SETTINGS
 file = "vit_b_16-c867db91.pth"
-if train.Config(**settings).weights == "imagenet1k" and (folder := attached(file)):
+if Config(**settings).weights == "imagenet1k" and (folder := attached(file)):
     settings["weights"] = str(folder / file)
 # Decoded images are no part of the notebook's output: a later session makes them anew.
 settings.setdefault("cache_dir", f"{tempfile.gettempdir()}/cache")
-config = train.Config(**settings)
+config = Config(**settings)
 print(settings)
 """),
         code("""
-dataset = sources.load(
+dataset = data.load(
     config.dataset,
     config.data_dir,
     config.limit,
@@ -238,11 +240,11 @@ last layer that names the classes, trains as well. `head` is the head alone, `fu
         code("""
 import torch
 
-for adapter in checkpoint.METHODS:
+for adapter in METHODS:
     with torch.device("meta"):  # shapes without numbers: enough to count
         model, _ = vit.build(config.model, "none", len(dataset.classes))
-    arguments = {key: getattr(config, key) for key in checkpoint.ADAPT}
-    trainable, total = checkpoint.adapt(model, **(arguments | {"adapter": adapter}))
+    arguments = {key: getattr(config, key) for key in ADAPT}
+    trainable, total = adapt(model, **(arguments | {"adapter": adapter}))
     print(f"{adapter}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
 """),
         markdown("""
@@ -256,8 +258,6 @@ another run. All GPUs of the session share each batch.
 import re
 import shutil
 
-from config import FREE
-
 
 def folder_of(adapter):
     \"\"\"The folder of a run, named by its settings; out of an earlier session, if that is attached.\"\"\"
@@ -270,7 +270,7 @@ def folder_of(adapter):
 
 
 run = folder_of(config.adapter)
-result = train.train(train.Config(**settings, out=run, resume=True))
+result = train.train(Config(**settings, out=run, resume=True))
 """),
         code("""
 from IPython.display import Image
@@ -287,7 +287,7 @@ The same with other adapters:
 results = {config.adapter: result}
 for adapter in COMPARE:
     other = settings | {"adapter": adapter, "out": folder_of(adapter), "resume": True}
-    results[adapter] = train.train(train.Config(**other))
+    results[adapter] = train.train(Config(**other))
 for adapter, r in results.items():
     print(f"{adapter}: {r['trainable']:,} trained, validation accuracy {r['val_accuracy']:.1%}")
 """),
@@ -298,7 +298,7 @@ The adapter file holds what was trained, the names of the classes and which trun
 `predict.py` says what is on images that it has not seen in training:
 """),
         code("""
-some = dataset.val.rows(sources.even_rows(dataset.val.labels, 8)).files
+some = dataset.val.rows(data.even_rows(dataset.val.labels, 8)).files
 some = some or sorted(map(str, Path("digits").glob("val/*/0.png")))  # of data without files
 predict.main([str(run / "adapter.safetensors"), *some, "--figure", "sheet.png"])
 Image("sheet.png")
@@ -347,7 +347,7 @@ def paste() -> list[dict]:
         markdown(r"""
 # LoRA in two cells
 
-Paste `lora.py` and `vit.py`, and stock torchvision's ViT-B/16 is adapted: no package, no script. Beside a
+Paste `lora.py` and `attention.py`, and stock torchvision's ViT-B/16 is adapted: no package, no script. Beside a
 frozen linear layer $W x + b$, LoRA trains two thin matrices, $A$ with $r$ rows and $B$ with $r$ columns:
 
 $$y = W x + b + \frac{\alpha}{r}\,B A x$$
@@ -355,7 +355,7 @@ $$y = W x + b + \frac{\alpha}{r}\,B A x$$
 The next two cells are the two files, word for word. The rest is yours to change.
 """),
         code(module("lora")),
-        code(module("vit")),
+        code(module("attention")),
         markdown("""
 ## A model
 
@@ -363,6 +363,8 @@ Torchvision's own, with the weights that it learned from ImageNet. Without netwo
 they are random, and all else is the same, but there is little for an adapter to build on.
 """),
         code("""
+from functools import partial
+
 import torchvision
 
 IMAGES = None  # "photos", with a folder of images for each class; None draws some
@@ -382,7 +384,7 @@ colour. That is easy on purpose, so that a few steps show something even with ra
         code("""
 from PIL import Image, ImageDraw
 
-prepare = ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+prepare = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
 draw = torch.Generator().manual_seed(0)
 
 
