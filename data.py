@@ -1,10 +1,15 @@
-"""Data sets: where each lies, how its files are laid out, and how it is split.
+"""Data sets in, batches of images on the device out.
 
-    dataset = load("food101", "data", limit=1000)
-    dataset.classes, dataset.train, dataset.val          # files or pixels, nothing decoded yet
+    dataset = load("food101", "data", limit=1000)  # class names and lists of files; nothing is decoded
+    for images, labels in batches(dataset.train, 64, preprocessing, "cuda", train=True):
+        ...                                        # float32 (64, 3, size, size), normalised; int64 (64,)
 
-A new data set is a function that takes the folder it was told (or None), returns (splits, classes), and
-has its line in SOURCES.
+A split of small images, all of one size, that engine.images.keep has decoded is cropped, flipped, resized and
+normalised on the GPU. Other images are cropped one by one, usually in worker processes, and normalised on the
+device. Crops are drawn in the main process: a seed gives the same batches for any number of workers.
+
+To add a data set, write a function that takes data_dir and returns (splits, class names), and list it in
+SOURCES.
 """
 
 import csv
@@ -33,12 +38,11 @@ from torchvision.models import ViT_B_16_Weights
 from engine.images import Crops, Split, ignore_interrupts, stand_in, usable
 
 ASSETS = Path(__file__).parent / "assets"
-PICTURES = (".heic", ".heif", ".avif", ".gif", ".jfif", ".jp2", ".svg")  # that are not read
 
 
 @dataclass
 class Dataset:
-    """The splits of a data set; label i is classes[i]."""
+    """A data set: its class names and its splits. Label i stands for classes[i]."""
 
     classes: list[str]
     train: Split
@@ -54,24 +58,26 @@ def load(
     download: bool = False,
     holdout: float = 0.0,
 ) -> Dataset:
-    """Find a data set: its classes, and the files or pixels of its splits. Nothing is decoded yet.
+    """Find a data set: its class names, and the files or pixels of its splits. Nothing is decoded yet.
 
     name: one of SOURCES.
-    data_dir: where it lies (or a folder above it); None searches ./data and /kaggle/input.
-    limit: at most this many images of each split, of every class as many or one fewer.
-    classes: keep the images of these classes only; the list of classes stays whole.
-    download: fetch it into data_dir (or ./data) if it is not there; food101 and cifar100 can be.
-    holdout: fraction of the training images, after classes and limit, that validates instead of what
-        the data set has for that; which becomes the test split, where there is none.
+    data_dir: its folder, or one above it; None searches ./data and /kaggle/input.
+    limit: at most this many images of each split, spread evenly over the classes.
+    classes: use only the images of these classes; the list of class names stays whole.
+    download: download missing data into data_dir (or ./data); only for food101 and cifar100.
+    holdout: fraction of the training images, after classes and limit, to validate on. The data set's own
+        validation images then become its test split, unless it has one.
 
-    Raises FileNotFoundError if it is not there, ValueError for what is wrong with it or the arguments.
+    Raises FileNotFoundError if the data is missing, ValueError if the data or an argument is wrong.
     """
     if name not in SOURCES:
         raise ValueError(f"dataset {name!r}: expected one of {', '.join(SOURCES)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit}: expected at least 1 image of each split")
     if download and name not in DOWNLOADS:
-        raise ValueError(f"--download: {name} cannot be; expected one of {', '.join(DOWNLOADS)}")
+        raise ValueError(
+            f"--download: not possible for {name}; expected one of {', '.join(DOWNLOADS)}"
+        )
     try:
         splits, names = SOURCES[name](data_dir)
     except FileNotFoundError:
@@ -85,22 +91,22 @@ def load(
         near = get_close_matches(unknown, names, n=3) or names[:3]
         raise ValueError(f"classes: {name} has no {unknown!r}; did you mean {', '.join(near)}?")
     chosen = np.isin(names, wanted or names)
-    every, taken = splits["train"], {}  # every training image; the rows of each split that stay
+    whole, rows_of = splits["train"], {}  # all training images; the rows that stay in each split
     for key, split in splits.items():
         rows = np.flatnonzero(chosen[split.labels])
-        taken[key] = rows[even_rows(split.labels[rows], limit)] if limit else rows
-        splits[key] = split.rows(taken[key])
+        rows_of[key] = rows[even_rows(split.labels[rows], limit)] if limit else rows
+        splits[key] = split.rows(rows_of[key])
     if holdout:
-        # The keys of the whole split: an image is held out or not whatever --classes says.
-        keys = relative(every.files) if every.files else [*map(str, range(len(every)))]
-        train = splits["train"]
-        kept, held = stratified([keys[row] for row in taken["train"]], train.labels, [1 - holdout])
+        # Keys of the whole split: --classes must not change which images are held out.
+        keys = relative(whole.files) if whole.files else [*map(str, range(len(whole)))]
+        train, keys = splits["train"], [keys[row] for row in rows_of["train"]]
+        train_rows, val_rows = stratified(keys, train.labels, [1 - holdout])
         splits.setdefault("test", splits["val"])
-        splits |= {"train": train.rows(kept), "val": train.rows(held)}
+        splits |= {"train": train.rows(train_rows), "val": train.rows(val_rows)}
     for key, split in splits.items():
         if not len(split):
-            why = "check --classes" if wanted else "to be split, a class needs two images or more"
-            raise ValueError(f"{name}: its {key} split has no image; {why}")
+            hint = "check --classes" if wanted else "a class needs two images to be split"
+            raise ValueError(f"{name}: the {key} split has no images; {hint}")
     return Dataset(names, **splits)
 
 
@@ -121,14 +127,14 @@ def batches(
     """Yield (images, labels) on the device, once through the split.
 
     preprocessing: vit.build's dict of image_size, mean, std and crop.
-    train: shuffle and augment, as seed and epoch say. Otherwise: in order, the centre of each image.
-    min_crop: the smallest random crop, as a fraction of the image's area; 1 for the centre, as in evaluation.
-    flip: mirror left to right, each image with probability one half.
-    workers: processes that read images; 0 reads them in this process. None for one per usable core, or
-        for 0 where images are kept and the device is a CPU. Small images that are kept need none.
-    start: how many images of this epoch to leave out, as a run that goes on has seen them.
-    part: (i, n) for the i-th of n processes, which share the images of each batch. One for which a batch
-        has none gets its first, with the label -100, which cross_entropy takes for nothing.
+    train: shuffle and augment, by seed and epoch. Otherwise: in order, the centre of each image.
+    min_crop: the smallest random crop, as a fraction of the image's area; 1 takes the centre.
+    flip: mirror each image left to right with probability one half.
+    workers: processes that read images; None means one per usable core, or 0 if the images are kept and
+        the device is a CPU. Kept small images of one size use none.
+    start: images of this epoch to skip, which a resumed run has seen.
+    part: (i, n) for process i of n, which share the images of each batch. A process left without an image
+        gets the batch's first one, labelled -100, which cross_entropy ignores.
 
     Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
@@ -138,27 +144,27 @@ def batches(
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(split), generator=generator)
         draws = torch.rand(len(split), 5, generator=generator)
-    shared, (i, n) = order[start:].split(batch_size), part
-    chunks = [chunk[i::n] if i < len(chunk) else chunk[:1] for chunk in shared]
+    chunks, (i, n) = order[start:].split(batch_size), part
+    shares = [chunk[i::n] if i < len(chunk) else chunk[:1] for chunk in chunks]
     crops = Crops(split, preprocessing, min_crop, flip)
-    asked = (
-        [(stand_in(split, row), None if draws is None else draws[row].tolist()) for row in chunk]
-        for chunk in map(torch.Tensor.tolist, chunks)
+    requests = (
+        [(stand_in(split, row), None if draws is None else draws[row].tolist()) for row in share]
+        for share in map(torch.Tensor.tolist, shares)
     )
     cpu, pinned = device.type == "cpu", device.type == "cuda"
     small, kept = isinstance(split.pixels, np.ndarray), split.pixels is not None
     if small and not cpu:
-        loader = (crops.on_device(wanted, device) for wanted in asked)
+        loader = (crops.on_device(request, device) for request in requests)
     elif cpu and (workers == 0 or small or (kept and workers is None)):
-        loader = (crops.on_cpu(map(crops.readable, wanted), len(wanted)) for wanted in asked)
+        loader = (crops.on_cpu(map(crops.readable, pairs), len(pairs)) for pairs in requests)
     else:
         loader = DataLoader(
             crops,
-            batch_sampler=asked,
+            batch_sampler=requests,
             num_workers=usable(workers),
             collate_fn=crops.collate,
             pin_memory=pinned,
-            generator=torch.Generator(),  # it draws a number for each worker: not from the run's own
+            generator=torch.Generator(),  # for its workers' seeds: leaves the run's alone
             worker_init_fn=ignore_interrupts,
         )
         loader = (crops.mend(*batch) for batch in loader)
@@ -166,109 +172,16 @@ def batches(
             loader = (crops.on_cpu(images, len(images)) for images in loader)
         else:
             loader = (crops.normalise(images.to(device, non_blocking=pinned)) for images in loader)
-    for whole, chunk, images in zip(shared, chunks, loader, strict=True):
-        rows = [stand_in(split, row) for row in chunk.tolist()]
+    for chunk, share, images in zip(chunks, shares, loader, strict=True):
+        rows = [stand_in(split, row) for row in share.tolist()]
         labels = torch.from_numpy(split.labels[rows])
-        if i >= len(whole):
+        if i >= len(chunk):
             labels.fill_(-100)
         yield images, labels.to(device)
 
 
-def class_ranks(labels: np.ndarray) -> np.ndarray:
-    """For each row, how many rows of its class stand before it."""
-    order = np.argsort(labels, kind="stable")
-    ranks = np.empty(len(labels), np.int64)
-    ranks[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
-    return ranks
-
-
-def even_rows(labels: np.ndarray, limit: int) -> np.ndarray:
-    """Rows of at most limit images: the first of every class, then the second of every class, ..."""
-    return np.sort(np.lexsort((labels, class_ranks(labels)))[:limit])
-
-
-def stratified(names: list[str], labels: np.ndarray, shares: list[float]) -> list[np.ndarray]:
-    """Split rows so that each class is split in these shares; what is left makes one part more. The
-    first part has an image of every class, also of one too small to be split.
-
-    Within a class the order is that of a hash of each name: it does not depend on where the data lies
-    (see relative), on the order of listing, or on a version of a random generator.
-    """
-    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names]
-    by_hash = np.argsort([digest.hexdigest() for digest in hashes])
-    ranks, sizes = np.empty(len(labels), np.int64), np.bincount(labels)
-    ranks[by_hash] = class_ranks(labels[by_hash])
-    ends = [np.floor(sizes * share + 1e-9).clip(1)[labels] for share in np.cumsum(shares)]
-    part = sum((ranks >= end).astype(int) for end in ends)
-    return [np.flatnonzero(part == k) for k in range(len(shares) + 1)]
-
-
-def relative(files: list[str]) -> list[str]:
-    """The paths from the folder that holds them all, with / between their parts, and accents as all
-    systems but macOS write them."""
-    root = os.path.commonpath([os.path.dirname(file) for file in files])
-    paths = (file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files)
-    return [unicodedata.normalize("NFC", path) for path in paths]
-
-
-def find(title: str, data_dir: str | None, fits: Callable[[Path], bool], needs: str) -> Path:
-    """The first folder that fits, in data_dir or else in the known places, at most five levels down."""
-    roots = [Path(data_dir)] if data_dir else [Path("data"), Path("/kaggle/input")]
-    level = [root for root in roots if root.is_dir()]
-    for _ in range(6):
-        for folder in level:
-            if fits(folder):
-                print(f"{title}: {folder}")
-                return folder
-        below = [subfolders(folder) for folder in level]
-        # Where there are very many, they are the classes of some data set: no use to look inside.
-        level = [child for children in below if len(children) <= 100 for child in children]
-    looked = " and ".join(str(root.absolute()) for root in roots)
-    raise FileNotFoundError(f"{title} not found: looked in and below {looked} for {needs}")
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones; none of a folder that may not be read."""
-    try:
-        entries = list(os.scandir(folder))
-    except PermissionError:
-        return []
-    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
-    return [folder / name for name in sorted(names)]
-
-
-def images_below(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The image files in a folder and the folders below, sorted, and the other files; no hidden ones."""
-    there = sorted(
-        os.path.join(path, file)
-        for path, _, files in os.walk(folder)
-        for file in files
-        if not file.startswith(".")
-    )
-    images = [file for file in there if file.lower().endswith(IMG_EXTENSIONS)]
-    return images, [file for file in there if not file.lower().endswith(IMG_EXTENSIONS)]
-
-
-def list_classes(root: Path, classes: list[str], may_lack: bool = False):
-    """The image files below root/<class>/ of each class, sorted, and their labels."""
-    files, labels, other = [], [], Counter()
-    for label, name in enumerate(classes):
-        found, rest = images_below(root / name)
-        other.update(os.path.splitext(file)[1].lower() for file in rest)
-        if not found and not may_lack:
-            known = ", ".join(IMG_EXTENSIONS)
-            raise ValueError(
-                f"{root / name}: no images ({known}); put some in or remove the folder"
-            )
-        files += found
-        labels += [label] * len(found)
-    if left := {ending: other[ending] for ending in PICTURES if other[ending]}:
-        print(f"{root}: left out {left}; save such pictures as .jpg or .png")
-    return files, np.array(labels, np.int64)
-
-
 def demo(data_dir: str | None):
-    """10,000 digits of MNIST: for each class 400 to train, 200 to validate, the rest to test."""
+    """10,000 digits of MNIST. Of each class, 400 train, 200 validate and the rest test."""
     if data_dir:
         raise ValueError(
             f"--data-dir {data_dir}: the demo's digits lie in assets/; did you mean --dataset folder?"
@@ -285,7 +198,7 @@ def demo(data_dir: str | None):
 
 
 def fashion_mnist(data_dir: str | None):
-    """60,000 and 10,000 clothes, 28 x 28, which the embedded trunk was pretrained on."""
+    """70,000 images of clothes, 28 x 28: 60,000 train, 10,000 validate."""
     names = {
         (split, part): f"{prefix}-{part}-ubyte"
         for split, prefix in (("train", "train"), ("val", "t10k"))
@@ -295,47 +208,47 @@ def fashion_mnist(data_dir: str | None):
         "Fashion-MNIST",
         data_dir,
         lambda folder: all(idx_file(folder, name) for name in names.values()),
-        f"a folder with {', '.join(names.values())}, gzipped or not; get them from "
+        f"a folder with {', '.join(names.values())}, gzipped or not; download them from "
         "https://github.com/zalandoresearch/fashion-mnist",
     )
-    found = {key: read_idx(root, name) for key, name in names.items()}
+    arrays = {key: read_idx(root, name) for key, name in names.items()}
     splits = {
-        key: Split(found[key, "labels-idx1"], pixels=found[key, "images-idx3"])
+        key: Split(arrays[key, "labels-idx1"], pixels=arrays[key, "images-idx3"])
         for key in ("train", "val")
     }
     clothes = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
     return splits, clothes.split(",")
 
 
-def idx_file(folder: Path, name: str) -> Path | None:
-    there = (folder / name, folder / f"{name}.gz")
-    return next((path for path in there if path.is_file()), None)
-
-
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """An idx file of bytes, gzipped or not: grey images as uint8 (N, H, W, 3), or int64 labels (N,)."""
+    """Read an idx file, gzipped or not: grey images as uint8 (N, H, W, 3), or int64 labels (N,)."""
     path = idx_file(folder, name)
     content = path.read_bytes()
     try:
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-        sides = content[3]  # how many dimensions; then each as a big-endian int32
-        shape = np.frombuffer(content, ">i4", sides, offset=4)
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * sides).reshape(shape)
+        ndim = content[3]  # followed by the size of each dimension, a big-endian int32
+        shape = np.frombuffer(content, ">i4", ndim, offset=4)
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape)
     except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
-        raise ValueError(f"{path}: not a whole idx file ({error}); get it again") from None
-    return values[..., None].repeat(3, -1) if sides > 1 else values.astype(np.int64)
+        raise ValueError(f"{path}: broken idx file ({error}); download it again") from None
+    return values[..., None].repeat(3, -1) if ndim > 1 else values.astype(np.int64)
+
+
+def idx_file(folder: Path, name: str) -> Path | None:
+    paths = (folder / name, folder / f"{name}.gz")
+    return next((path for path in paths if path.is_file()), None)
 
 
 def tiny_imagenet(data_dir: str | None, official: bool = False):
-    """The labelled 100,000 of Tiny-ImageNet as 80,000 train, 10,000 val, 10,000 test: 400/50/50 a class.
+    """The 100,000 labelled images of Tiny-ImageNet: of each class 400 train, 50 validate and 50 test.
 
-    official: test is the data set's own validation folder, which published figures are of.
+    official: test on the data set's own val/ folder instead, as published results do.
     """
     root = find(
         "Tiny-ImageNet",
         data_dir,
         lambda folder: (folder / "wnids.txt").is_file() and (folder / "train").is_dir(),
-        "a folder with wnids.txt and train/; get http://cs231n.stanford.edu/tiny-imagenet-200.zip, "
+        "a folder with wnids.txt and train/; download http://cs231n.stanford.edu/tiny-imagenet-200.zip, "
         "unzip it in ./data or name its folder with --data-dir (on Kaggle: Add Input, Tiny ImageNet)",
     )
     ids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
@@ -357,25 +270,24 @@ def tiny_imagenet_official(data_dir: str | None):
     return tiny_imagenet(data_dir, official=True)
 
 
-def readable_names(ids: list[str], words: Path, between: str) -> list[str]:
-    """The first word that a list of WordNet's ids and words has for each id; the id too where two
-    share it."""
+def readable_names(ids: list[str], words: Path, separator: str) -> list[str]:
+    """For each WordNet id the first of its words in the file, or the id if there is none."""
     if not words.is_file():
         return ids
     lines = words.read_text(encoding="utf-8").splitlines()
-    pairs = (line.split(between, 1) for line in lines if between in line)
+    pairs = (line.split(separator, 1) for line in lines if separator in line)
     word = {key: names.split(",")[0].strip() for key, names in pairs}
-    return told_apart([word.get(key, key) for key in ids], ids)
+    return distinct([word.get(key, key) for key in ids], ids)
 
 
-def told_apart(names: list[str], ids: list[str]) -> list[str]:
-    """The names, with the id behind each that is not the only one of its name."""
+def distinct(names: list[str], ids: list[str]) -> list[str]:
+    """The names, with the id after a name that several classes share."""
     shared = {name for name, count in Counter(names).items() if count > 1}
     return [f"{n} {key}" if n in shared else n for n, key in zip(names, ids, strict=True)]
 
 
 def food101(data_dir: str | None):
-    """75,750 photographs to train and 25,250 to validate: torchvision's layout, or Kaggle's food41."""
+    """Food-101: 75,750 photographs train, 25,250 validate; torchvision's layout, or Kaggle's food41."""
 
     def lists(root: Path) -> Path | None:
         """The folder with train.json and test.json."""
@@ -386,7 +298,7 @@ def food101(data_dir: str | None):
         "Food-101",
         data_dir,
         lambda folder: lists(folder) is not None and (folder / "images").is_dir(),
-        "a folder with images/ and meta/train.json; add --download to fetch it (5 GB), or name its "
+        "a folder with images/ and meta/train.json; add --download (5 GB), or name its "
         "folder with --data-dir (on Kaggle: Add Input, Food 101 or food41)",
     )
     listed = {
@@ -394,10 +306,10 @@ def food101(data_dir: str | None):
         for key, part in (("train", "train"), ("val", "test"))
     }
     classes = sorted(listed["train"])
-    if lacking := [name for name in classes if not (root / "images" / name).is_dir()]:
+    if missing := [name for name in classes if not (root / "images" / name).is_dir()]:
         raise ValueError(
-            f"{root / 'images'}: {len(lacking)} classes are not there, the first {lacking[0]}; the data set "
-            "is not whole: remove it and get it again"
+            f"{root / 'images'}: {len(missing)} classes are missing, the first is {missing[0]}; remove the "
+            "data set and download it again"
         )
     splits = {
         key: Split(
@@ -410,12 +322,12 @@ def food101(data_dir: str | None):
 
 
 def cifar100(data_dir: str | None):
-    """The 50,000 of CIFAR-100's training file as 45,000 train and 5,000 val; its 10,000 test."""
+    """CIFAR-100: of its training file 45,000 images train and 5,000 validate; 10,000 test."""
     root = find(
         "CIFAR-100",
         data_dir,
         lambda folder: all((folder / name).is_file() for name in ("train", "test", "meta")),
-        "a folder cifar-100-python with train, test and meta; add --download to fetch it (170 MB)",
+        "a folder cifar-100-python with train, test and meta; add --download to get it (170 MB)",
     )
     train, test, meta = (read_pickle(root / name) for name in ("train", "test", "meta"))
 
@@ -430,7 +342,7 @@ def cifar100(data_dir: str | None):
 
 
 class ArraysOnly(pickle.Unpickler):
-    """Reads what CIFAR's files hold, and nothing that could run code."""
+    """Reads the arrays in CIFAR's files, and refuses anything that could run code."""
 
     ALLOWED = re.compile(r"numpy(\._?core\.(multiarray|numeric))?:(_reconstruct|ndarray|dtype)")
 
@@ -444,8 +356,8 @@ def read_pickle(path: Path) -> dict:
     try:
         with open(path, "rb") as file:
             return ArraysOnly(file, encoding="latin1").load()
-    except Exception as error:  # an unpickler meets wrong bytes with errors of any type
-        raise ValueError(f"{path}: not one of CIFAR's files ({error}); get it again") from None
+    except Exception as error:  # wrong bytes make an unpickler raise errors of any type
+        raise ValueError(f"{path}: not one of CIFAR's files ({error}); download it again") from None
 
 
 def imagenet(data_dir: str | None):
@@ -462,7 +374,7 @@ def imagenet(data_dir: str | None):
         "ImageNet",
         data_dir,
         fits,
-        "a folder with train/n01440764/... and val/; get it from https://image-net.org and name its "
+        "a folder with train/n01440764/... and val/; download it from https://image-net.org and name its "
         "folder with --data-dir (on Kaggle: Add Input, ImageNet Object Localization Challenge)",
     )
     ids = [path.name for path in subfolders(root / "train")]
@@ -470,7 +382,7 @@ def imagenet(data_dir: str | None):
     if subfolders(root / "val"):
         val_files, val_labels = list_classes(root / "val", ids, may_lack=True)
     else:
-        solution = beside(root, "LOC_val_solution.csv")
+        solution = kaggle_list(root, "LOC_val_solution.csv")
         with open(solution, newline="") as file:
             rows = [
                 (row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)
@@ -482,51 +394,46 @@ def imagenet(data_dir: str | None):
     return {"train": Split(labels, files), "val": Split(val_labels, val_files)}, names
 
 
-def beside(root: Path, name: str) -> Path:
-    """A file of Kaggle's, which lies up to three folders above Data/CLS-LOC's content."""
+def kaggle_list(root: Path, name: str) -> Path:
+    """The path of one of Kaggle's lists, at most three folders above train/ and val/."""
     for folder in [root, *root.absolute().parents[:3]]:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{root / 'val'} is one flat folder, and {name}, which labels it, is neither in {root} nor in "
-        "the three folders above; put it there, or sort the images into a folder for each class"
+        f"{root / 'val'} has no class folders, and {name}, which has its labels, is neither in {root} nor "
+        "in the three folders above; put it there, or sort the images into class folders"
     )
 
 
 def imagenet_names(root: Path, ids: list[str]) -> list[str]:
     try:
-        return readable_names(ids, beside(root, "LOC_synset_mapping.txt"), " ")
+        return readable_names(ids, kaggle_list(root, "LOC_synset_mapping.txt"), " ")
     except FileNotFoundError:
         if len(ids) == 1000:  # torchvision's list is in the order of the ids
-            return told_apart(ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"], ids)
+            return distinct(ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"], ids)
         return ids
 
 
 VALIDATION, TESTS = ("val", "valid", "validation"), ("test", "testing")
 
 
-def is_text(name: str) -> bool:
-    """False for a file's name that holds bytes which are no UTF-8."""
-    return not any("\udc80" <= letter <= "\udcff" for letter in name)
-
-
 def folder(data_dir: str | None):
-    """Class folders of one's own: DIR/train/cat/*.jpg and DIR/val/cat/*.jpg (or valid, or validation;
-    DIR/test/cat/*.jpg if there is one), or DIR/cat/*.jpg, of which one image in five validates."""
+    """Your own images: DIR/cat/*.jpg, where one image in five validates; or DIR/train/cat/*.jpg,
+    DIR/val/cat/*.jpg (or valid, validation) and, if there is one, DIR/test/cat/*.jpg."""
     root = Path(data_dir or "")
     if not data_dir or not root.is_dir():
         raise FileNotFoundError(
-            f"--data-dir {data_dir}: no such folder; --dataset folder needs one with a folder for each class"
+            f"--data-dir {data_dir}: no such folder; --dataset folder expects one with class folders"
         )
     inside = {path.name.lower(): path for path in subfolders(root)}
-    split = "train" in inside and subfolders(inside["train"])  # else it is a class of trains
+    split = "train" in inside and subfolders(inside["train"])  # otherwise train is a class
     top = inside["train"] if split else root
     classes = [path.name for path in subfolders(top)]
     if len(classes) < 2 or (
         not split and set(inside) <= {*VALIDATION, *TESTS, "train", "training"}
     ):
         found = " and ".join(classes) or "none"
-        hint = f"is it --data-dir {top / classes[0]}?" if len(classes) == 1 else "see README"
+        hint = f"did you mean --data-dir {top / classes[0]}?" if len(classes) == 1 else "see README"
         raise ValueError(
             f"{top}: expected a folder of images for each class, found {found}; {hint}"
         )
@@ -537,12 +444,12 @@ def folder(data_dir: str | None):
     splits = {"train": everything}
     for key, names in (("val", VALIDATION), ("test", TESTS)):
         if place := next((inside[name] for name in names if split and name in inside), None):
-            there = subfolders(place)
-            if not there and key == "test":  # unlabelled, as a competition's is
+            folders = subfolders(place)
+            if not folders and key == "test":  # a competition's test images have no labels
                 continue
-            if not there:
+            if not folders:
                 raise ValueError(f"{place}: expected a folder for each class; sort it or remove it")
-            if unknown := [path for path in there if path.name not in classes]:
+            if unknown := [path for path in folders if path.name not in classes]:
                 raise ValueError(
                     f"{unknown[0]}: a class that {top} lacks; add it there or remove it"
                 )
@@ -552,6 +459,11 @@ def folder(data_dir: str | None):
         rows = stratified(relative(files), labels, [0.8])
         splits |= zip(("train", "val"), map(everything.rows, rows), strict=True)
     return splits, classes
+
+
+def is_text(name: str) -> bool:
+    """False for a file name with bytes that are not UTF-8."""
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
 SOURCES = {
@@ -568,17 +480,17 @@ SOURCES = {
 
 def fetch(name: str, root: str) -> None:
     """Download a data set with torchvision. Raises OSError or ValueError if that fails."""
-    print(f"{name}: download to {Path(root).absolute()}", flush=True)
+    print(f"{name}: downloading to {Path(root).absolute()}", flush=True)
     try:
         DOWNLOADS[name](root)
     except RuntimeError as error:
-        raise ValueError(f"--download: {name} did not arrive whole ({error}); try again") from None
+        raise ValueError(f"--download: {name} arrived incomplete ({error}); try again") from None
     except OSError as error:
-        raise OSError(f"--download: {name} cannot be fetched into {root}: {error}") from None
+        raise OSError(f"--download: {name} cannot be downloaded into {root}: {error}") from None
 
 
 def fetch_cifar100(root: str) -> None:
-    source = datasets.CIFAR100  # its constructor would unpickle what it fetched
+    source = datasets.CIFAR100  # its constructor would run the pickles that it downloads
     download_and_extract_archive(source.url, root, filename=source.filename, md5=source.tgz_md5)
 
 
@@ -586,3 +498,98 @@ DOWNLOADS = {
     "food101": lambda root: datasets.Food101(root, download=True),
     "cifar100": fetch_cifar100,
 }
+
+
+def find(title: str, data_dir: str | None, fits: Callable[[Path], bool], needs: str) -> Path:
+    """The first folder for which fits is true, at most five levels below data_dir (or ./data and
+    /kaggle/input). needs: what such a folder has and where to get it, for the error message."""
+    roots = [Path(data_dir)] if data_dir else [Path("data"), Path("/kaggle/input")]
+    level = [root for root in roots if root.is_dir()]
+    for _ in range(6):
+        for folder in level:
+            if fits(folder):
+                print(f"{title}: {folder}")
+                return folder
+        below = [subfolders(folder) for folder in level]
+        # Very many folders are the classes of some data set: not worth a search.
+        level = [child for children in below if len(children) <= 100 for child in children]
+    places = " and ".join(str(root.absolute()) for root in roots)
+    raise FileNotFoundError(f"{title} not found: looked in and below {places} for {needs}")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones; none if it may not be read."""
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return []
+    names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+    return [folder / name for name in sorted(names)]
+
+
+UNREAD = (".heic", ".heif", ".avif", ".gif", ".jfif", ".jp2", ".svg")  # left out
+
+
+def list_classes(root: Path, classes: list[str], may_lack: bool = False):
+    """The image files below root/<class>/, sorted, and their labels. may_lack: a class may have none."""
+    files, labels, endings = [], [], Counter()
+    for label, name in enumerate(classes):
+        images, others = images_below(root / name)
+        endings.update(os.path.splitext(file)[1].lower() for file in others)
+        if not images and not may_lack:
+            known = ", ".join(IMG_EXTENSIONS)
+            raise ValueError(f"{root / name}: no images ({known}); add some or remove the folder")
+        files += images
+        labels += [label] * len(images)
+    if unread := {ending: endings[ending] for ending in UNREAD if endings[ending]}:
+        print(f"{root}: left out {unread}; save such images as .jpg or .png")
+    return files, np.array(labels, np.int64)
+
+
+def images_below(folder: str | Path) -> tuple[list[str], list[str]]:
+    """(image files, other files) in and below a folder, sorted, without hidden ones."""
+    paths = sorted(
+        os.path.join(path, file)
+        for path, _, files in os.walk(folder)
+        for file in files
+        if not file.startswith(".")
+    )
+    images = [file for file in paths if file.lower().endswith(IMG_EXTENSIONS)]
+    return images, [file for file in paths if not file.lower().endswith(IMG_EXTENSIONS)]
+
+
+def even_rows(labels: np.ndarray, limit: int) -> np.ndarray:
+    """At most limit rows: the first of every class, then the second of every class, ..."""
+    return np.sort(np.lexsort((labels, class_ranks(labels)))[:limit])
+
+
+def stratified(names: list[str], labels: np.ndarray, shares: list[float]) -> list[np.ndarray]:
+    """Split the rows of each class in these shares; one more part gets the rest. The first part has an
+    image of every class, even of a class too small to be split.
+
+    Within a class, rows are sorted by a hash of their names: the split does not depend on where the data
+    lies (see relative), on the order of the files or on a version of a random generator.
+    """
+    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names]
+    by_hash = np.argsort([digest.hexdigest() for digest in hashes])
+    ranks, sizes = np.empty(len(labels), np.int64), np.bincount(labels)
+    ranks[by_hash] = class_ranks(labels[by_hash])
+    ends = [np.floor(sizes * share + 1e-9).clip(1)[labels] for share in np.cumsum(shares)]
+    part = sum((ranks >= end).astype(int) for end in ends)
+    return [np.flatnonzero(part == k) for k in range(len(shares) + 1)]
+
+
+def class_ranks(labels: np.ndarray) -> np.ndarray:
+    """For each row, the number of earlier rows of the same class."""
+    order = np.argsort(labels, kind="stable")
+    ranks = np.empty(len(labels), np.int64)
+    ranks[order] = np.arange(len(labels)) - np.searchsorted(labels[order], labels[order])
+    return ranks
+
+
+def relative(files: list[str]) -> list[str]:
+    """The paths within their common folder, alike on all systems: with / between their parts, and an
+    accented letter as one character, where macOS has two."""
+    root = os.path.commonpath([os.path.dirname(file) for file in files])
+    paths = (file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files)
+    return [unicodedata.normalize("NFC", path) for path in paths]

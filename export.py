@@ -9,7 +9,6 @@ a folder holds each tensor under both, and PEFT takes those that it finds. For a
 save_peft and load_peft, of peft_folder.py.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -18,54 +17,24 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-import attention
 import vit
+from attention import join_attention
 from engine import checkpoint
-from engine.adapt import ADAPT, ADAPTERS, adapt
-from engine.files import atomic, optional_json, read_json, write_json
-from engine.peft_folder import (
-    CONFIG,
-    PREFIX,
-    endings,
-    ends,
-    expected,
-    fill,
-    layers_of,
-    load_peft,
-    peft_key,
-    read_peft,
-    save_peft,
-    trained,
-    write_peft,
+from engine.adapt import ADAPTERS, adapt
+from engine.config import Parser
+from engine.files import atomic, write_json
+from engine.peft_folder import endings, expected, fill, peft_key, trained, write_peft
+from engine.peft_vit import (
+    LABELS,
+    hf_names,
+    labels_in,
+    names_in,
+    read_vit,
+    renamed,
+    targets_of,
+    weights_of,
 )
 from lora import merge
-
-__all__ = [
-    "from_peft",
-    "load_peft",
-    "save_peft",
-    "start",
-    "start_settings",
-    "to_peft",
-    "to_torchvision",
-]
-
-LABELS = "id2label.json"  # not config.json: transformers would take the folder for a whole model
-
-
-def hf_names(model: str, layout: str) -> dict[str, str]:
-    """Our names of a ViT's modules: those in Hugging Face's ViTForImageClassification."""
-    names = {ours: f"vit.{theirs}" for ours, theirs in vit.names(model, layout).items()}
-    return {**names, "heads.head": "classifier"}
-
-
-def renamed(key: str, names: dict[str, str]) -> str | None:
-    """The key of a tensor with the module that it begins with renamed; None if it has no name there."""
-    for end in ("", *ends(key)):
-        module = key[: len(key) - len(end)].removesuffix(".")
-        if module in names:
-            return f"{names[module]}.{end}" if end else names[module]
-    return None
 
 
 def to_peft(
@@ -78,7 +47,7 @@ def to_peft(
         adapter that was trained on it; any other trunk is written to FOLDER/base.
     Raises OSError or ValueError for a file that cannot be read, or that holds no adapter.
     """
-    model, info = checkpoint.load_adapter(path, weights)
+    model, info = vit.load_adapter(path, weights)
     folder, name = Path(folder), info["model"]
     if info["adapter"] not in ADAPTERS:
         raise ValueError(
@@ -193,123 +162,6 @@ def from_peft(
     return info
 
 
-def targets_of(model: nn.Module, layers: list[str]) -> str:
-    """The targets of adapt that mean just these layers of a ViT without adapters."""
-    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    others = [name for name, _ in model.named_modules() if name not in layers]
-    return "all" if set(layers) == linear - {"heads.head"} else ",".join(endings(layers, others))
-
-
-def read_vit(folder: Path) -> tuple[str, list[str], dict, dict[str, torch.Tensor]]:
-    """A PEFT folder for Hugging Face's ViT: our name of the model and of the layers, settings, tensors.
-
-    The tensors have the keys of one layout: where the folder holds both, they must be equal.
-    """
-    settings, tensors = read_peft(folder)
-    head = tensors.get("classifier.weight")
-    if head is None or head.ndim != 2:
-        raise ValueError(
-            f"{folder}: {PREFIX}classifier.weight: expected the trained head, found no such tensor; "
-            'PEFT keeps it with modules_to_save=["classifier"]'
-        )
-    widths = {shape["hidden_dim"]: name for name, shape in vit.MODELS.items()}
-    if head.shape[1] not in widths:
-        raise ValueError(
-            f"{folder}: {PREFIX}classifier.weight: expected {' or '.join(map(str, widths))} columns, "
-            f"found {head.shape[1]}"
-        )
-    name = widths[head.shape[1]]
-    ours = {hf: n for layout in ("hf", "hf5") for n, hf in hf_names(name, layout).items()}
-    names = names_in(tensors, name)
-    kept = {}
-    for key, tensor in tensors.items():
-        if (our := renamed(key, ours)) is None:
-            raise ValueError(f"{folder}: {PREFIX}{key}: expected a tensor of a ViT, found this one")
-        same = kept.setdefault(renamed(our, names), tensor)
-        if not torch.equal(same, tensor):
-            raise ValueError(
-                f"{folder}: {PREFIX}{key}: expected the tensor that stands under the layer's other name"
-            )
-    return name, [renamed(layer, ours) for layer in layers_of(kept)], settings, kept
-
-
-def names_in(tensors: dict, model: str) -> dict[str, str]:
-    """hf_names of the layout that these tensors have; of the newer one if they have both."""
-    return hf_names(model, "hf5" if any(key.startswith("vit.layers.") for key in tensors) else "hf")
-
-
-# What the adapter that a run starts from settles, unless a flag does.
-SETTLED = (*ADAPT, "model", "weights", "image_size")
-
-
-def start_settings(path: str | Path) -> dict:
-    """What train.Config takes from the adapter file or PEFT folder that a run starts from: see SETTLED."""
-    if not is_peft(path):
-        _, info = checkpoint.read_adapter(path)
-        info["image_size"] = info["preprocessing"]["image_size"]
-        return {key: info[key] for key in SETTLED}
-    name, layers, settings, _ = read_vit(Path(path))
-    with torch.device("meta"):
-        bare, _ = vit.build(name, "none")
-    settings["targets"] = targets_of(bare, layers)
-    try:
-        weights = weights_of(Path(path))
-    except ValueError:  # a model that is not here: train says so, unless it is given another
-        weights = str(read_json(Path(path) / CONFIG).get("base_model_name_or_path"))
-    size = vit.preprocessing_in(Path(path)).get("image_size")
-    return {**settings, "model": name, "weights": weights, "image_size": size}
-
-
-def is_peft(path: str | Path) -> bool:
-    """Whether this is a PEFT folder; if not, it is an adapter file or the folder of a run."""
-    return Path(path).is_dir() and not (Path(path) / checkpoint.ADAPTER_FILE).is_file()
-
-
-def start(model: nn.Module, path: str | Path, classes: list[str]) -> tuple[str, dict]:
-    """Copy an adapter file or PEFT folder into a model that was adapted alike.
-
-    Returns what to say of it, and mean, std and crop of the images that it was trained on, as far as it
-    says: the head and what is adapted go with them. The head is copied if it is for these classes (by
-    number, where a folder has no names), else left fresh.
-    Raises OSError or ValueError, naming file and key, for what does not fit.
-    """
-    folder = Path(path) if is_peft(path) else None
-    if folder:
-        name, _, _, tensors = read_vit(folder)
-        names, head = names_in(tensors, name), "classifier."
-        own = {renamed(key, names): p for key, p in expected(model).items()}
-        known = labels_in(folder)
-        same = known == classes if known else len(tensors["classifier.weight"]) == len(classes)
-        images = vit.preprocessing_in(folder)
-    else:
-        tensors, info = checkpoint.read_adapter(path)
-        own, head = dict(model.named_parameters()), "heads.head."
-        same, images = info["classes"] == classes, info["preprocessing"]
-    if not same:
-        tensors = {k: own.get(k, t) if k.startswith(head) else t for k, t in tensors.items()}
-    if folder:
-        fill(own, tensors, folder)
-    else:
-        checkpoint.copy_tensors(model, tensors, info, path)
-    said = f"start: {path}, " + ("its head too" if same else "a fresh head: other classes")
-    return said, {key: images[key] for key in ("mean", "std", "crop") if key in images}
-
-
-def weights_of(folder: Path) -> str:
-    """The trunk that a PEFT folder was trained on, as vit.build takes it."""
-    base = read_json(folder / CONFIG).get("base_model_name_or_path")
-    if (folder / "base").is_dir():
-        return str((folder / "base").absolute())  # what to_peft wrote, wherever the folder is now
-    if base == vit.IN21K:
-        return "in21k"
-    if base and Path(base).exists():
-        return str(Path(base).absolute())
-    raise ValueError(
-        f"{folder / CONFIG}: base_model_name_or_path: expected {vit.IN21K} or a folder that is here, found "
-        f"{base!r}; name the trunk's file with --weights"
-    )
-
-
 def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
     """The names of the n classes, as given or out of the folder."""
     if classes is not None:
@@ -327,13 +179,6 @@ def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
     return names
 
 
-def labels_in(folder: Path) -> list[str]:
-    """The class names that a folder holds, in order; none in one that PEFT wrote."""
-    labels = optional_json(folder / "config.json").get("id2label") or {}
-    labels = optional_json(folder / LABELS) or labels
-    return [labels[key] for key in sorted(labels, key=int)]
-
-
 def to_torchvision(path: str | Path, file: str | Path, weights: str | None = None) -> str:
     """Merge an adapter file into its trunk and write torchvision's state dict: .safetensors, else .pth.
 
@@ -344,11 +189,9 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
         raise ValueError(f"{file}: exists already; name another file or remove it")
     if not Path(file).absolute().parent.is_dir():
         raise FileNotFoundError(f"{Path(file).parent}: no such folder; make it first")
-    model, info = checkpoint.load_adapter(path, weights)
+    model, info = vit.load_adapter(path, weights)
     eps, size = model.encoder.ln.eps, info["preprocessing"]["image_size"]
-    state = {
-        key: t.detach() for key, t in attention.join_attention(merge(model)).state_dict().items()
-    }
+    state = {key: t.detach() for key, t in join_attention(merge(model)).state_dict().items()}
     with atomic(Path(file)) as temporary:
         if Path(file).suffix == ".safetensors":
             temporary.write_bytes(save(state, {"format": "pt"}))
@@ -369,7 +212,9 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
 
 
 def run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description="Take adapters to PEFT and torchvision, and back.")
+    parser = Parser(
+        description="Convert adapter files to PEFT folders and torchvision files, and back."
+    )
     add = parser.add_argument
     add("adapter", help="the adapter file; with --from, where to write it")
     add("--to", nargs=2, metavar=("KIND", "PATH"), help="peft FOLDER, or torchvision FILE")
@@ -377,14 +222,9 @@ def run(argv: list[str] | None) -> None:
     add("--weights", help="the trunk: a name or a file (default: where it was in training)")
     add("--base", default="", help="to peft: the Hugging Face model that holds the trunk")
     add("--classes", help="from peft: the class names, with commas or as a file of lines")
-
-    def error(message):  # argparse's own prints the usage as well
-        raise ValueError(f"{message}; see --help")
-
-    parser.error = error
     given = parser.parse_args(argv)
     if (given.to is None) == (given.source is None):
-        error("expected either --to or --from")
+        parser.error("expected either --to or --from")
     kind, path = given.to or given.source
     if given.to and kind == "peft":
         to_peft(given.adapter, path, given.weights, given.base)
@@ -397,7 +237,7 @@ def run(argv: list[str] | None) -> None:
         print(f"{given.adapter}: {info['adapter']}, {len(info['classes'])} classes, {shown}")
     else:
         flag, known = ("--to", "peft or torchvision") if given.to else ("--from", "peft")
-        error(f"{flag} {kind}: expected {known}")
+        parser.error(f"{flag} {kind}: expected {known}")
 
 
 def main(argv: list[str] | None = None) -> int:

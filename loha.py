@@ -1,33 +1,20 @@
-"""LoHa: a frozen linear layer plus the elementwise product of two trained low-rank updates.
+"""LoHa: a frozen linear layer plus the elementwise product of two trained low-rank matrices.
 
     y = W x + b + delta W x        s = alpha / rank
     delta W = s (W1a W1b) * (W2a W2b)          * is elementwise
 
-    W         (out, in)     frozen: the nn.Linear that LoHaLinear wraps
-    W1a, W2a  (out, rank)   hada_w1_a, hada_w2_a, trained
-    W1b, W2b  (rank, in)    hada_w1_b, hada_w2_b, trained
-    At the start W2b is zero, so that the first forward is the frozen layer's; the other three are
-    kaiming_uniform(a=sqrt 5).
+    W         (out, in)    the weight of the nn.Linear that LoHaLinear wraps; frozen
+    W1a, W2a  (out, rank)  hada_w1_a, hada_w2_a: trained, start random (kaiming_uniform, a = sqrt 5)
+    W1b, W2b  (rank, in)   hada_w1_b: the same; hada_w2_b: starts at zero, so delta W is zero at first
 
-Hyeon-Woo et al., FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning,
-2021, arXiv 2108.06098, section 2.2; Yeh et al., Navigating Text-To-Image Customization: From LyCORIS
-Fine-Tuning to Model Evaluation, 2023, arXiv 2309.14859. Initialisation: PEFT's.
-
-The elementwise product of two matrices of rank r has a rank of up to r^2. LoRA of rank 2 r trains as many
-numbers, and its update has a rank of at most 2 r.
-
-Cost: there are two forms. Whole: delta W is built, 2 * rank multiplications for each element of W whatever
-the number of rows of x, and added to W; backward builds it once more rather than keep it. Thin: x passes
-through two matrices of rank^2, rank^2 (in + out) multiplications for each row. The factors' gradients take
-that twice, 17 % of the frozen layer's forward and backward for rank 8 on 768 x 768, or in * out once
-(50 %) where that is less. loha_costs weighs the forms for each layer and number of rows. With dropout on,
-or where the frozen layer is not a plain one, delta runs instead, and autograd keeps what it needs.
+Hyeon-Woo et al., FedPara, 2021, arXiv 2108.06098, section 2.2; Yeh et al., LyCORIS, 2023, arXiv
+2309.14859. The initialisation is PEFT's. delta W can have rank^2; LoRA with as many numbers has 2 rank.
 
     from functools import partial
     replace_linear(model, partial(LoHaLinear, rank=8, alpha=16), targets=["query", "value"])
-    mark_trainable(model)                      # adapters and heads.head train, the rest is frozen
-    ...                                        # any training loop
-    merge(model)                               # plain nn.Linear again, the update added in
+    mark_trainable(model)  # the adapters and heads.head train, the rest is frozen
+    ...                    # any training loop
+    merge(model)           # plain nn.Linear layers again, with the update added to W
 """
 
 import math
@@ -41,125 +28,252 @@ from torch import nn
 class LoHaLinear(nn.Module):
     """linear(x) + x @ delta_weight().T, for x of shape (..., in_features).
 
-    linear: the nn.Linear to adapt. It is kept, not copied, and frozen by mark_trainable.
-    rank: inner dimension of each of the two products, 1 or more.
-    alpha: the update is scaled by alpha / rank.
-    dropout: probability, in training, that an element of the adapter's input is zeroed.
-    module_dropout: probability, in training, that the whole update is left out of one forward.
-
-    The factors are float32 or wider whatever linear's type, as AdamW and fp16 loss scaling need.
-    Raises ValueError for a rank below 1 or a probability outside [0, 1).
+    linear: the nn.Linear to adapt; it is kept, not copied. mark_trainable freezes it.
+    rank, alpha: both products have rank `rank`; the update is scaled by alpha / rank.
+    dropout: in training, the probability that an element of the update's input is set to zero.
+    module_dropout: in training, the probability that one forward leaves out the whole update.
+    Raises ValueError for a rank below 1 or a dropout outside [0, 1).
     """
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        rank: int = 4,
-        alpha: float = 32.0,
-        dropout: float = 0.0,
-        module_dropout: float = 0.0,
-    ):
+    def __init__(self, linear: nn.Linear, rank=4, alpha=32.0, dropout=0.0, module_dropout=0.0):
         super().__init__()
-        if rank < 1 or not 0 <= dropout < 1 or not 0 <= module_dropout < 1:
-            raise ValueError(
-                f"rank={rank}, dropout={dropout}, module_dropout={module_dropout}: "
-                "expected rank >= 1 and both dropouts in [0, 1)"
-            )
-        self.linear = linear
-        self.rank = rank
-        self.scale = alpha / rank
-        self.dropout = dropout
-        self.module_dropout = module_dropout
-        W = linear.weight
-        new = {"dtype": torch.promote_types(W.dtype, torch.float32), "device": W.device}
-        self.hada_w1_a = nn.Parameter(torch.empty(linear.out_features, rank, **new))
-        self.hada_w1_b = nn.Parameter(torch.empty(rank, linear.in_features, **new))
-        self.hada_w2_a = nn.Parameter(torch.empty(linear.out_features, rank, **new))
-        self.hada_w2_b = nn.Parameter(torch.zeros(rank, linear.in_features, **new))
-        for factor in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
-            nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        check_arguments(rank, dropout, module_dropout)
+        self.linear, self.rank, self.scale = linear, rank, alpha / rank
+        self.dropout, self.module_dropout = dropout, module_dropout
+        self.hada_w1_a = new_factor(linear, linear.out_features, rank)
+        self.hada_w1_b = new_factor(linear, rank, linear.in_features)
+        self.hada_w2_a = new_factor(linear, linear.out_features, rank)
+        self.hada_w2_b = new_factor(linear, rank, linear.in_features, zero=True)
         self.train(linear.training)
-
-    def factors(self, keep=None) -> tuple[torch.Tensor, ...]:
-        """W1a (out, rank), W1b (rank, in), s W2a and W2b alike: the one place where the scale enters.
-        keep: a scalar tensor, 0 for no update, 1 or None for all of it."""
-        W2a = self.scale * self.hada_w2_a
-        return self.hada_w1_a, self.hada_w1_b, W2a if keep is None else keep * W2a, self.hada_w2_b
 
     def delta_weight(self) -> torch.Tensor:
         """delta W = s (W1a W1b) * (W2a W2b), shape (out_features, in_features)."""
-        W1a, W1b, W2a, W2b = self.factors()
-        return (W1a @ W1b) * (W2a @ W2b)
-
-    def delta(self, x: torch.Tensor, W1a, W1b, W2a, W2b) -> torch.Tensor:
-        """x @ delta_weight().T: (..., in) -> (..., out)."""
-        return F.linear(x, ((W1a @ W1b) * (W2a @ W2b)).to(x.dtype))
-
-    def product(self, x, W, bias, W1a, W1b, W2a, W2b) -> torch.Tensor:
-        """F.linear(x, W, bias) + self.delta(x, ...) for rows x (N, in): equal up to rounding, faster."""
-        return LoHaProduct.apply(x, W, bias, W1a, W1b, W2a, W2b)
+        return (self.hada_w1_a @ self.hada_w1_b) * (self.scale * self.hada_w2_a @ self.hada_w2_b)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        keep = None
-        if self.training and self.module_dropout > 0:
-            # Times 0 or 1, not skipped: DistributedDataParallel wants a gradient of every parameter.
-            keep = torch.rand((), device=x.device) >= self.module_dropout
-        factors = self.factors(keep)
-        if (self.training and self.dropout > 0) or not is_plain(self.linear):
-            return self.linear(x) + self.delta(F.dropout(x, self.dropout, self.training), *factors)
-        return fused(self.product, self.linear, x, factors)
+        s = current_scale(self, x)  # self.scale, or 0 if module_dropout leaves out the update
+        W1a, W1b, W2a, W2b = self.hada_w1_a, self.hada_w1_b, s * self.hada_w2_a, self.hada_w2_b
+        if can_fuse(self):  # no dropout, no hook, no subclass: the same numbers, faster
+            return fused(LoHaProduct.apply, self.linear, x, W1a, W1b, W2a, W2b)
+        dropped = F.dropout(x, self.dropout, self.training)  # the frozen layer still gets all of x
+        return self.linear(x) + F.linear(dropped, ((W1a @ W1b) * (W2a @ W2b)).to(x.dtype))
 
-    @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A new nn.Linear with weight W + delta_weight, added in float32 or wider and cast back once.
+        """A plain nn.Linear with weight W + delta_weight, added in float32 or wider, cast back once."""
+        return merged_layer(self)
 
-        Raises ValueError where linear has a forward or forward hooks of its own: they would be lost.
-        """
-        linear = self.linear
-        own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
-        if own or linear._forward_hooks:
-            raise ValueError(
-                f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
-                "would not have: take it off (accelerate's by remove_hook_from_module) or keep the adapter"
-            )
-        W, bias = self.linear.weight, self.linear.bias
-        out_features, in_features = W.shape
-        merged = nn.utils.skip_init(
-            nn.Linear, in_features, out_features, bias is not None, device=W.device, dtype=W.dtype
-        )
-        with torch.autocast(W.device.type, enabled=False):
-            delta = self.delta_weight()  # float32 or wider, and so is the sum
-        merged.weight.copy_(W + delta)
-        if bias is not None:
-            merged.bias.copy_(bias)
-            merged.bias.requires_grad_(bias.requires_grad)
-        merged.weight.requires_grad_(W.requires_grad)
-        return merged.train(self.training)
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """W + delta_weight, for code that reads a layer's weight instead of calling the layer, as
-        nn.TransformerEncoderLayer does in eval mode."""
-        return self.linear.weight + self.delta_weight().to(self.linear.weight.dtype)
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        return self.linear.bias
+    # Code that takes this layer for an nn.Linear reads these, as diffusers' pipelines do.
+    in_features = property(lambda self: self.linear.in_features)
+    out_features = property(lambda self: self.linear.out_features)
+    weight = property(lambda self: merged_weight(self))
+    bias = property(lambda self: self.linear.bias)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
-class LoHaProduct(torch.autograd.Function):
-    """x (W + delta W)^T + b for rows x (N, in), with a backward of its own, which keeps x alone.
+# How to put it into a model. From here to the line that says "faster", the text is the same in lora.py,
+# loha.py and lokr.py, so that each file pastes alone. It knows an adapter of any kind by its delta_weight.
 
-    Whole form: delta W is built and added to W, so that x needs one product; in backward again.
-    Thin form: an elementwise product of matrices of rank r is a product of rank r^2, delta W = B^T A with
-    A (rank^2, in) and B (rank^2, out), so that x passes through both as in LoRA (where B stands the other
-    way round). khatri_rao makes them. loha_forms says which form is cheaper.
+
+def replace_linear(
+    model: nn.Module, wrap, targets: str | list[str] = "all", head: str = "heads.head"
+) -> list[str]:
+    """Wrap nn.Linear layers of the model in place and return their dotted names.
+
+    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
+    targets: "all" for every nn.Linear whose name does not contain head; or the last parts of names, as a
+        list or with commas: ["query", "mlp.0"] or "query,mlp.0".
+    head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without one.
+
+    Raises ValueError, with the model unchanged, if a target matches nothing or a layer that is wrapped.
+    Warns about nn.MultiheadAttention, which reads weights and never calls its layers.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    attention = [name for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
+    adapted = {name for name, m in modules.items() if hasattr(m, "delta_weight")}
+    if attention:
+        warnings.warn(
+            f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: not adapted, "
+            "because it never calls its layers. If the model is a ViT of torchvision's, call "
+            "split_attention(model) of attention.py first.",
+            stacklevel=2,
+        )
+    inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])
+    names = [
+        name
+        for name, m in modules.items()
+        if name and not name.startswith(inside) and (isinstance(m, nn.Linear) or name in adapted)
+    ]
+    if targets == "all":
+        found = {"all": [name for name in names if not (head and head in name)]}
+    else:
+        ends = targets.split(",") if isinstance(targets, str) else targets
+        ends = [end.strip() for end in ends] or [""]
+        found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for target, matches in found.items():
+        if not matches:
+            known = ", ".join(names) or "none"
+            raise ValueError(f"target {target!r} matches no nn.Linear; the model has: {known}")
+    chosen = [name for name in names if any(name in matches for matches in found.values())]
+    if again := [name for name in chosen if name in adapted]:
+        raise ValueError(
+            f"{again[0]!r} is wrapped already ({len(again)} such layers): merge(model) first"
+        )
+    # A shared layer, which has several names, gets one adapter under all of them.
+    wrapped = {linear: wrap(linear) for linear in dict.fromkeys(modules[name] for name in chosen)}
+    for name in chosen:
+        model.set_submodule(name, wrapped[modules[name]])
+    return chosen
+
+
+def mark_trainable(
+    model: nn.Module, head: str = "heads.head", bias: str = "none"
+) -> tuple[int, int]:
+    """Let adapters, head and biases train and freeze the rest; return (trainable, total) parameter counts.
+
+    head: every parameter whose name contains it trains; "" for none.
+    bias: "none", "all" (every bias of the model) or "adapter" (the biases of wrapped layers).
+    Raises ValueError for another bias.
+    """
+    if bias not in ("none", "all", "adapter"):
+        raise ValueError(f"bias={bias!r}: expected none, all or adapter")
+    model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "delta_weight"):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+            if bias == "adapter" and module.linear.bias is not None:
+                module.linear.bias.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if (head and head in name) or (bias == "all" and name.endswith("bias")):
+            parameter.requires_grad_(True)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Replace every adapter in the model by its merged nn.Linear, in place; return the model."""
+    if hasattr(model, "delta_weight"):
+        return model.merge()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    adapters = {name: m for name, m in modules.items() if hasattr(m, "delta_weight")}
+    # A shared adapter becomes one shared layer.
+    merged = {adapter: adapter.merge() for adapter in dict.fromkeys(adapters.values())}
+    for name, adapter in adapters.items():
+        model.set_submodule(name, merged[adapter])
+    return model
+
+
+def check_arguments(rank: int, dropout: float, module_dropout: float) -> None:
+    """Raise ValueError for arguments that no adapter can have."""
+    if rank < 1 or not 0 <= dropout < 1 or not 0 <= module_dropout < 1:
+        raise ValueError(
+            f"rank={rank}, dropout={dropout}, module_dropout={module_dropout}: "
+            "expected rank >= 1 and both dropouts in [0, 1)"
+        )
+
+
+def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -> nn.Parameter:
+    """A trained matrix (rows, columns) on linear's device: zero, or kaiming_uniform(a=sqrt 5).
+
+    It is float32 or wider whatever linear's type: AdamW and fp16 loss scaling need that.
+    """
+    W = linear.weight
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    factor = nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=W.device))
+    return factor if zero else nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+
+
+def current_scale(layer, x: torch.Tensor):
+    """The layer's scale; or, where module_dropout leaves out the update of this forward, a tensor of 0."""
+    if not layer.training or layer.module_dropout == 0:
+        return layer.scale
+    # Multiplied by 0 or 1, not skipped: DistributedDataParallel expects a gradient of every parameter.
+    keep = torch.rand((), device=x.device) >= layer.module_dropout
+    return layer.scale * keep.to(next(layer.parameters(recurse=False)).dtype)
+
+
+@torch.no_grad()
+def merged_layer(layer) -> nn.Linear:
+    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or forward
+    hooks, as a merged layer would lose them."""
+    linear = layer.linear
+    own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
+    if own or linear._forward_hooks:
+        raise ValueError(
+            f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
+            "would lose: remove it (accelerate's with remove_hook_from_module) or keep the adapter"
+        )
+    W, bias = linear.weight, linear.bias
+    out_features, in_features = W.shape
+    merged = nn.utils.skip_init(
+        nn.Linear, in_features, out_features, bias is not None, device=W.device, dtype=W.dtype
+    )
+    with torch.autocast(W.device.type, enabled=False):
+        delta = layer.delta_weight()  # float32 or wider, and so is the sum
+    merged.weight.copy_(W + delta)
+    if bias is not None:
+        merged.bias.copy_(bias)
+        merged.bias.requires_grad_(bias.requires_grad)
+    merged.weight.requires_grad_(W.requires_grad)
+    return merged.train(layer.training)
+
+
+def merged_weight(layer) -> torch.Tensor:
+    """W + delta_weight, for code that reads a layer's weight instead of calling the layer, as
+    nn.TransformerEncoderLayer does in eval mode."""
+    return layer.linear.weight + layer.delta_weight().to(layer.linear.weight.dtype)
+
+
+# ---- The same numbers, faster. Nothing below changes the method: a reader may stop here. ----
+
+
+def can_fuse(layer) -> bool:
+    """True if no dropout runs and calling layer.linear is F.linear and nothing else: no subclass, no hook, no
+    forward of its own, no quantised or meta weight."""
+    if layer.training and layer.dropout > 0:
+        return False
+    linear = layer.linear
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks)
+    hooks += (linear._backward_hooks, linear._backward_pre_hooks)
+    usual = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
+    return usual and not (any(hooks) or "forward" in vars(linear) or linear.weight.is_meta)
+
+
+def fused(product, linear: nn.Linear, x: torch.Tensor, *factors) -> torch.Tensor:
+    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in."""
+    device, rows = x.device.type, x.reshape(-1, x.shape[-1])
+    W, bias = linear.weight, linear.bias
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        rows, W, bias = (t if t is None else t.to(dtype) for t in (rows, W, bias))
+    with torch.autocast(device, enabled=False):
+        y = product(rows, W, bias, *factors)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
+    # BLAS is faster with z on the right if z has 16 columns or more, else on the left (two cores of an AMD
+    # EPYC).
+    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
+
+
+class LoHaProduct(torch.autograd.Function):
+    """x (W + delta W)^T + b for rows x (N, in), with its own backward, which keeps x alone.
+
+    There are two forms; loha_forms picks the cheaper one for each layer and number of rows.
+    Whole: delta W is built and added to W, so x needs one product. That takes 2 * rank multiplications for
+    each element of W, however many rows x has; backward builds delta W again rather than keep it.
+    Thin: an elementwise product of matrices of rank r is a product of rank r^2. So delta W = B^T A with A
+    (rank^2, in) and B (rank^2, out), made by khatri_rao, and x passes through both as in LoRA: rank^2 * (in +
+    out) multiplications a row.
+    The factors' gradients take twice the thin form's multiplications (17 % of the frozen layer's forward and
+    backward for rank 8 on 768 x 768), or in * out a row (50 %), whichever is less.
     """
 
-    # Lets torch.func.vmap through, for gradients sample by sample; forward mode (jvp) is not supported.
+    # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
     generate_vmap_rule = True
 
     @staticmethod
@@ -187,7 +301,7 @@ class LoHaProduct(torch.autograd.Function):
 
 
 def loha_backward(g, x, W, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
-    """The gradient of x, None unless of_x, and those of the four factors, from g (N, out)."""
+    """The gradient of x (None unless of_x) and of the four factors, from g (N, out)."""
     form, gradients_form = loha_forms(x, W, W1b)
     needed = {form, gradients_form} if of_x else {gradients_form}
     if "thin" in needed:
@@ -201,7 +315,7 @@ def loha_backward(g, x, W, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
     elif of_x:
         delta = (D1 * D2).to(x.dtype)
         gx = (g @ W).addmm_(g, delta) if is_half(x) else g @ delta.add_(W)
-        del delta  # as large as W: what comes next can have its memory
+        del delta  # as large as W: what follows can use its memory
     if gradients_form == "thin":
         gW1b, gW2b = khatri_rao_backward(factor_gradient(v, x), W1b, W2b)
         gW1a, gW2a = khatri_rao_backward(factor_gradient(F.linear(x, A), g), W1a.T, W2a.T)
@@ -215,162 +329,40 @@ def loha_backward(g, x, W, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
 
 
 def khatri_rao(first, second, dtype) -> torch.Tensor:
-    """Row i of first times row j of second for each i and j: (rank, n), (rank, n) -> (rank^2, n)."""
+    """The product of each row of first with each row of second: (rank, n), (rank, n) -> (rank^2, n)."""
     return (first.contiguous()[:, None] * second.contiguous()).flatten(0, 1).to(dtype)
 
 
 def khatri_rao_backward(g, first, second) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of first and second from g, that of their khatri_rao."""
+    """The gradients of first and second from g, the gradient of khatri_rao(first, second)."""
     g = g.to(first.dtype).unflatten(0, (len(first), len(second)))  # (rank, rank, n)
     return (g * second).sum(1), (g * first[:, None]).sum(0)
 
 
 def is_half(x: torch.Tensor) -> bool:
-    """True for float16 and bfloat16: there W + delta W would round the update away, so they stay apart."""
+    """True for float16 and bfloat16: there W + delta W would round off the update, so the two stay apart."""
     return torch.finfo(x.dtype).bits < 32
 
 
-# To read or write a number in memory takes about as long as so many multiplications within a large product
-# (on two cores of an AMD EPYC).
+# One memory access, in multiplications of a large matrix product (on two cores of an AMD EPYC).
 TOUCH = 16
 
 
 def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int = TOUCH) -> tuple:
-    """Multiplications for N rows, without the frozen layer's own: ((whole, thin) of the forward, and as many
-    again for x's gradient; (whole, thin) of the factors' gradients).
+    """Multiplications for N rows, without the frozen layer's own, as two pairs (whole, thin): one for the
+    forward, and again for x's gradient; one for the factors' gradients.
 
-    half: whether x is in half precision. touch: what one number read or written counts for, 0 to leave
-    memory out. What two parts in one form can share is counted in both.
+    half: whether x is in half precision. touch: how many multiplications one memory access counts as; 0
+    leaves memory out. What the two parts can share is counted in both.
     """
-    whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # D1, D2, their product, a sum
+    whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # D1, D2, their product, the sum
     thin = N * (n_out + n_in) * (rank**2 + touch)
-    # G, D1, D2, the gradients of those, and the factors'
+    # G, D1, D2, their gradients, and the factors'
     whole_gradients = n_out * n_in * (N + 6 * rank + 8 * touch)
     return (whole, thin), (whole_gradients, 2 * thin)
 
 
 def loha_forms(x, W, W1b) -> list[str]:
-    """whole or thin, the cheaper, for the forward and for the factors' gradients."""
+    """The cheaper form, "whole" or "thin", for the forward and for the factors' gradients."""
     costs = loha_costs(len(x), *W.shape, len(W1b), is_half(x))
     return ["whole" if whole <= thin else "thin" for whole, thin in costs]
-
-
-# The functions below stand word for word in lora.py, loha.py and lokr.py, so that each file pastes alone.
-# They know an adapter of any kind by its delta_weight.
-
-
-def is_plain(linear: nn.Module) -> bool:
-    """True if calling linear is F.linear and nothing else: no subclass, no hook or forward of its own, no
-    quantised or meta weight."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks)
-    hooks += (linear._backward_hooks, linear._backward_pre_hooks)
-    usual = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
-    return usual and not (any(hooks) or "forward" in vars(linear) or linear.weight.is_meta)
-
-
-def fused(product, linear: nn.Linear, x: torch.Tensor, factors: tuple) -> torch.Tensor:
-    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in."""
-    device, rows = x.device.type, x.reshape(-1, x.shape[-1])
-    W, bias = linear.weight, linear.bias
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        rows, W, bias = (t if t is None else t.to(dtype) for t in (rows, W, bias))
-    with torch.autocast(device, enabled=False):
-        y = product(rows, W, bias, *factors)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
-    # Matrix libraries (BLAS) are faster with z on the right if it has 16 columns or more, and on the left if
-    # it has fewer (on two cores of an AMD EPYC).
-    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
-
-
-def replace_linear(
-    model: nn.Module, wrap, targets: str | list[str] = "all", head: str = "heads.head"
-) -> list[str]:
-    """Wrap nn.Linear layers of the model in place and return their dotted names.
-
-    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
-    targets: "all" for every nn.Linear whose name does not contain head, or the last parts of names
-        (["query", "mlp.0"]; "query,mlp.0" is the same).
-    head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without.
-
-    Raises ValueError, with the model unchanged, if a target matches nothing or a layer that is wrapped.
-    Warns of nn.MultiheadAttention: it reads its weights and calls no layer, so wrapping does nothing there.
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    attention = [name for name, m in modules.items() if isinstance(m, nn.MultiheadAttention)]
-    adapted = {name for name, m in modules.items() if hasattr(m, "delta_weight")}
-    if attention:
-        warnings.warn(
-            f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: left alone, "
-            "because it never calls its layers. Call attention.split_attention(model) first, if the model is "
-            "a ViT of torchvision's.",
-            stacklevel=2,
-        )
-    inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])
-    names = [
-        name
-        for name, m in modules.items()
-        if name and not name.startswith(inside) and (isinstance(m, nn.Linear) or name in adapted)
-    ]
-    if targets == "all":
-        found = {"all": [name for name in names if not (head and head in name)]}
-    else:
-        ends = targets.split(",") if isinstance(targets, str) else targets
-        ends = [end.strip() for end in ends] or [""]
-        found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
-    for target, matches in found.items():
-        if not matches:
-            there = ", ".join(names) or "none"
-            raise ValueError(f"target {target!r} matches no nn.Linear; there are: {there}")
-    chosen = [name for name in names if any(name in matches for matches in found.values())]
-    if again := [name for name in chosen if name in adapted]:
-        raise ValueError(
-            f"{again[0]!r} is wrapped already ({len(again)} such layers): merge(model) first"
-        )
-    # A layer that stands at two places gets one adapter, which then stands at both.
-    wrapped = {linear: wrap(linear) for linear in dict.fromkeys(modules[name] for name in chosen)}
-    for name in chosen:
-        model.set_submodule(name, wrapped[modules[name]])
-    return chosen
-
-
-def mark_trainable(
-    model: nn.Module, head: str = "heads.head", bias: str = "none"
-) -> tuple[int, int]:
-    """Freeze the model but for adapters, head and biases; return (trainable, total) numbers of parameters.
-
-    head: every parameter whose name contains it trains; "" for none.
-    bias: "none", "all" (every bias of the model) or "adapter" (those of the wrapped layers).
-    Raises ValueError for another bias.
-    """
-    if bias not in ("none", "all", "adapter"):
-        raise ValueError(f"bias={bias!r}: expected none, all or adapter")
-    model.requires_grad_(False)
-    for module in model.modules():
-        if hasattr(module, "delta_weight"):
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(True)
-            if bias == "adapter" and module.linear.bias is not None:
-                module.linear.bias.requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if (head and head in name) or (bias == "all" and name.endswith("bias")):
-            parameter.requires_grad_(True)
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Replace every adapter in the model by its merged nn.Linear, in place; return the model."""
-    if hasattr(model, "delta_weight"):
-        return model.merge()
-    modules = dict(model.named_modules(remove_duplicate=False))
-    adapters = {name: m for name, m in modules.items() if hasattr(m, "delta_weight")}
-    # An adapter that stands at two places becomes one layer, which then stands at both.
-    merged = {adapter: adapter.merge() for adapter in dict.fromkeys(adapters.values())}
-    for name, adapter in adapters.items():
-        model.set_submodule(name, merged[adapter])
-    return model

@@ -3,55 +3,258 @@
     python train.py                                   # the embedded demo, about a minute on two cores
     python train.py --adapter lokr --rank 8           # any field of Config is a flag
     python train.py --recipe tiny-imagenet-lora       # ViT-B/16 and Tiny-ImageNet, best on a GPU
-    python train.py --init-adapter runs/x/adapter.safetensors      # on from an adapter, or a PEFT folder
-    python train.py --out runs/x --resume             # on where runs/x was stopped, bit for bit
+    python train.py --init-adapter runs/x             # start from an adapter, or from a PEFT folder
+    python train.py --out runs/x --resume             # resume a stopped run, bit for bit
     torchrun --nproc_per_node=2 train.py              # two processes share each batch
 
-or, in a notebook, the same with
+In a notebook:
 
     import train
-    result = train.train(train.Config(adapter="lokr", rank=8))
+    from engine.config import Config
+    result = train.train(Config(adapter="lokr", rank=8))
 """
 
+import math
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
-import export
-import vit
-from engine import checkpoint
-from engine.adapt import ADAPT, adapt
-from engine.config import RECIPES, Config, begun, check, check_rank, check_sizes, named, parse
-from engine.devices import (
-    Autocast,
-    in_turn,
-    join,
-    keep_freed_memory,
-    out_of_memory,
-    pick_device,
-    pick_dtype,
-    rank,
-    spread,
-    world,
-)
-from engine.images import Split, keep, progress
-from engine.run import Progress, Run, Signals, Stopped, attempt, draw, make_folder, refuse_others
+from engine import checkpoint, devices, pictures
+from engine.adapt import ADAPTERS, relative_norms
+from engine.config import FREE, RECIPES, Config, parse
+from engine.devices import process, processes
+from engine.images import progress
+from engine.run import Run, Stopped
+from engine.start import prepare
 
-__all__ = ["RECIPES", "Config", "evaluate", "fit", "main", "parse", "prepare", "train"]
+COLUMNS = {  # of metrics.csv, for TensorBoard's tags
+    "train/lr": "lr",
+    "train/loss": "train_loss",
+    "train/throughput": "images_per_second",
+    "val/loss": "val_loss",
+    "val/accuracy": "val_accuracy",
+}
+
+
+def fit(run: Run) -> dict:
+    """Train all epochs, evaluate after each, keep the best one; return the result: see train."""
+    config, images, model = run.config, run.dataset.train, run.model.to(run.device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    forward = devices.Autocast(model, run.device, run.dtype)
+    if processes() > 1:  # torchrun's: each has its share of a batch, and one GPU if there are any
+        on_gpu = run.device.type == "cuda"
+        forward = DistributedDataParallel(forward, device_ids=[run.device] if on_gpu else None)
+        if not on_gpu:
+            forward.register_comm_hook(None, devices.mean_in_order)
+    elif devices.many_gpus(run.device):
+        forward = nn.DataParallel(forward)
+
+    print(
+        f"{config.adapter}: {run.trainable:,} of {run.total:,} parameters train "
+        f"({run.trainable / run.total:.2%}), on {len(images):,} images, {run.device}, {str(run.dtype)[6:]}",
+        flush=True,
+    )
+    per_step = config.batch_size * config.grad_accum  # images
+    steps = -(-len(images) // per_step)  # of an epoch
+    with run.training(optimizer, scaler, steps, COLUMNS):
+        if run.result and (not config.test or "test_loss" in run.result):
+            print(f"{run.folder}: finished already, nothing is left to train")
+            print(f"Validation Accuracy: {run.best['val_accuracy']:.2%}")
+            return run.result | {"run_dir": str(run.folder)}
+        while run.epoch < config.epochs:
+            model.train()
+            first = run.step - run.epoch * steps  # 0, but in the epoch that a resumed run is in
+            batches = load_batches(run, images, train=True, start=first * per_step)
+            bar = {"desc": f"epoch {run.epoch + 1}/{config.epochs}", "initial": first}
+            for step in progress(range(first, steps), total=steps, **bar):
+                lr = config.lr * (1 - run.step / (config.epochs * steps))  # linear to zero
+                optimizer.param_groups[0]["lr"] = lr
+                # Dropout depends on the step alone: torchrun's processes draw unequal amounts where their
+                # shares are unequal, and only the first one's generators are saved.
+                torch.manual_seed((config.seed * 1_000_003 + run.step) % 2**32)
+                count = min(per_step, len(images) - step * per_step)  # the last step may be smaller
+                loss = train_step(run, forward, batches, count, optimizer, scaler)
+                run.step += 1
+                if run.meter.add(loss, count):
+                    speed = run.meter.images_per_second
+                    point = {"train/loss": run.meter.loss, "train/lr": lr}
+                    run.log.write({**point, "train/throughput": speed})
+                run.after_step()  # saves now and then, and stops when asked to
+
+            confusion = torch.zeros(2 * [len(run.dataset.classes)], dtype=torch.int32)
+            batches = run.watch(load_batches(run, run.dataset.val))
+            val_loss, val_accuracy = evaluate(forward, batches, confusion)
+            run.epoch += 1
+            best = not run.best or val_accuracy > run.best["val_accuracy"]
+            if best:
+                run.best = {"val_loss": val_loss, "val_accuracy": val_accuracy}
+                run.best["best_epoch"] = run.epoch
+                run.best_tensors = checkpoint.trained(model)
+                run.extra["confusion"] = confusion
+            log_epoch(run, val_loss, val_accuracy)
+            run.save()  # before the adapter file: where that exists, the run can be resumed
+            if best or checkpoint.ADAPTER_FILE in run.unwritten:
+                run.save_adapter()
+        return finish(run, forward)
+
+
+def train_step(run: Run, forward, batches, count: int, optimizer, scaler) -> torch.Tensor:
+    """One step of the optimizer on the next `count` images; returns their mean loss, on the device.
+
+    Each image has the same weight, so the gradient is that of all images in one batch, however many batches
+    and processes share them. Processes exchange gradients in the last backward; DDP takes their mean.
+    """
+    mean_loss = torch.zeros((), device=run.device)
+    for left in reversed(range(-(-count // run.config.batch_size))):
+        pixels, labels = next(batches)
+        with forward.no_sync() if left and processes() > 1 else nullcontext():
+            loss = F.cross_entropy(forward(pixels).float(), labels, reduction="sum") / count
+            scaler.scale(loss * processes()).backward()
+        mean_loss += loss.detach()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return devices.add_up(mean_loss)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches, confusion: torch.Tensor | None = None
+) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (0..1) of the model over all batches, in eval mode.
+
+    confusion: integers (classes, classes), on the CPU. Each image adds 1 at [its class, the predicted class].
+    """
+    model.eval()
+    loss = correct = total = 0
+    pairs = []  # for each batch (2, images): labels, predictions
+    for images, labels in batches:
+        logits = model(images)
+        predictions = logits.argmax(-1)
+        pairs.append(torch.stack([labels, predictions]))
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        correct += (predictions == labels).sum().item()
+        total += (labels >= 0).sum().item()  # -100 fills up a process's share
+    sums = torch.tensor([loss, correct, total], dtype=torch.float64)
+    if processes() > 1:
+        sums = devices.add_up(sums.to(labels.device))
+    loss, correct, total = sums.tolist()
+    if confusion is not None:
+        count_confusion(torch.cat(pairs, 1), confusion)
+    return loss / total, correct / total
+
+
+def log_epoch(run: Run, val_loss: float, val_accuracy: float) -> None:
+    """Write an epoch's figures to TensorBoard, metrics.csv and the screen."""
+    row = {"val/loss": val_loss, "val/accuracy": val_accuracy}
+    row["val/best_accuracy"] = run.best["val_accuracy"]
+    norms = [norm for norm in relative_norms(run.model).values() if math.isfinite(norm)]
+    run.log.write(row | ({"weights/relative_update": norms} if norms else {}))
+    print(
+        f"epoch {run.epoch}/{run.config.epochs}: train loss {run.meter.mean(run.steps):.4f}, "
+        f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "
+        f"{run.meter.images_per_second:,.0f} images/s",
+        flush=True,
+    )
+    run.meter.start()
+    list_unreadable(run)
+
+
+def finish(run: Run, forward: nn.Module) -> dict:
+    """Restore the best epoch, test it if --test is given, draw the pictures; return the result."""
+    config = run.config
+    checkpoint.put(run.model, run.best_tensors)
+    run.model.eval()  # a run resumed after its last epoch has not been evaluated
+    figures, metrics = dict(run.best), {"val/best_accuracy": run.best["val_accuracy"]}
+    if config.test:
+        batches = run.watch(load_batches(run, run.dataset.test))
+        figures["test_loss"], figures["test_accuracy"] = evaluate(forward, batches)
+        metrics["test/accuracy"] = figures["test_accuracy"]
+        list_unreadable(run)
+        print(f"Test Accuracy: {figures['test_accuracy']:.2%}")
+    run.log.save()  # the curves are drawn from it
+    drawn = run.attempt("pictures", lambda: draw(run))
+    names = ("predictions.png", "confusion.png") if drawn else ()
+    chosen = {*RECIPES[config.recipe], *config.given} - {*FREE}
+    settings = {
+        key: getattr(config, key) for key in sorted(chosen) if getattr(config, key) is not None
+    }
+    run.log.close(settings, metrics, [run.folder / n for n in names if (run.folder / n).exists()])
+    if checkpoint.ADAPTER_FILE in run.unwritten and not run.save_adapter():
+        file = run.folder / checkpoint.ADAPTER_FILE
+        raise ValueError(f"{file}: cannot be written; make room and {run.how_to_resume()}")
+    sizes = {"trainable": run.trainable, "total": run.total}
+    run.result = {**figures, **sizes, "images_per_second": run.meter.images_per_second}
+    run.save()
+    print(f"run folder: {run.folder}")
+    print(f"Validation Accuracy: {run.best['val_accuracy']:.2%}")
+    return {**run.result, "run_dir": str(run.folder)}
+
+
+def draw(run: Run) -> None:
+    """curves.png; confusion.png of the best epoch; predictions.png, its answers for 24 validation images."""
+    config, classes = run.config, run.dataset.classes
+    what = pictures.NAMES[config.adapter]
+    what += f" rank {config.rank}" if config.adapter in ADAPTERS else ""
+    title = f"{config.dataset}, {what}: {run.trainable:,} trainable parameters"
+    pictures.plot_curves(run.folder / "metrics.csv", run.folder / "curves.png", title)
+    title = f"{config.dataset}, {what}: validation accuracy {run.best['val_accuracy']:.1%}"
+    confusion = run.extra["confusion"]
+    if confusion.any():
+        pictures.plot_confusion(confusion, classes, run.folder / "confusion.png", title)
+    few = run.dataset.val.rows(data.even_rows(run.dataset.val.labels, 24))
+    preprocessing = run.info["preprocessing"]
+    images, labels = next(iter(data.batches(few, 24, preprocessing, run.device, workers=0)))
+    with torch.inference_mode():
+        logits = run.model(images).float().cpu()
+    images = pictures.colours(images.cpu(), preprocessing)
+    file = run.folder / "predictions.png"
+    pictures.plot_predictions(images, logits, labels.cpu(), classes, file, title)
+
+
+def count_confusion(pairs: torch.Tensor, confusion: torch.Tensor) -> None:
+    """Add the pairs of label and prediction (2, images) of all processes to confusion (classes, classes)."""
+    labels, predictions = pairs[:, pairs[0] >= 0].cpu()  # the rest fills up a process's share
+    counts = torch.zeros_like(confusion)
+    counts.index_put_((labels, predictions), counts.new_ones(()), accumulate=True)
+    confusion += devices.add_up(counts.to(pairs.device)).cpu()  # nccl adds on GPUs only
+
+
+def list_unreadable(run: Run) -> None:
+    """Write unreadable.txt: the images that were replaced, in all processes, and why."""
+    splits = (run.dataset.train, run.dataset.val, run.dataset.test)
+    reasons = [reason for split in splits if split for reason in split.bad.values()]
+    if reasons := devices.gather(reasons):
+        text, file = "".join(f"{reason}\n" for reason in reasons), run.folder / "unreadable.txt"
+        names = {"encoding": "utf-8", "errors": "surrogateescape"}  # need not be UTF-8
+        run.attempt(file.name, lambda: file.write_text(text, **names))
+
+
+def load_batches(run: Run, split, train: bool = False, start: int = 0):
+    """The batches of a split; for training, those of this epoch, without its first `start` images."""
+    c = run.config
+    augment = {"train": train, "min_crop": c.min_crop, "flip": c.flip}
+    random = {"seed": c.seed, "epoch": run.epoch, "start": start, "part": (process(), processes())}
+    how = {"workers": c.workers, **augment, **random}
+    batches = data.batches(split, c.batch_size, run.info["preprocessing"], run.device, **how)
+    if train:
+        return batches
+    return progress(batches, desc="evaluate", total=-(-len(split) // c.batch_size))
 
 
 def train(config: Config) -> dict:
-    """Train as config says; return val_accuracy (0..1, the best epoch's), run_dir, trainable, total, ...
+    """Train as config says; return val_accuracy (0..1, best epoch), run_dir, trainable, total and more.
 
-    Raises ValueError or OSError in one line: for a config or data that cannot work, before the run's folder
-    is made; later for a loss that is not finite, memory that does not suffice, an adapter that cannot be
-    written. Stopped, a KeyboardInterrupt, if a signal asks for it. What was saved before stays.
+    Raises ValueError or OSError in one line. For a config or data that cannot work, that is before the run's
+    folder is made; later, for a loss that is not finite, too little memory, or an adapter file that cannot be
+    written. Raises Stopped, a KeyboardInterrupt, if a signal asks for it. What is saved stays saved.
     """
     try:
         result = fit(prepare(config))
@@ -59,232 +262,17 @@ def train(config: Config) -> dict:
         if "DataLoader worker" in str(error):
             reason = str(error).splitlines()[0]
             raise ValueError(f"{reason[:200]}; if memory is short, try --workers 0") from None
-        if not out_of_memory(error):
+        if not devices.out_of_memory(error):
             raise
-        raise ValueError(smaller(config, error)) from None
-    if world() > 1:
-        dist.destroy_process_group()
+        raise ValueError(devices.memory_advice(config, error)) from None
+    devices.leave()
     return result
 
 
-def prepare(config: Config) -> Run:
-    """Check the config, load data and trunk, adapt the trunk and make the run's folder."""
-    check(config)
-    device = pick_device(join(config.device))
-    dtype = pick_dtype(config.amp, device)
-    keep_freed_memory(device)
-    checkpoint.seed_generators(config.seed)
-    c = config
-    cache_dir = c.cache_dir or (Path(c.out).parent if c.out else Path("runs")) / "cache"
-    with in_turn():
-        dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
-        check_sizes(config, dataset)
-        model, preprocessing = vit.build(
-            c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
-        )
-        arguments = {key: getattr(config, key) for key in ADAPT}
-        trainable, total = adapt(
-            model, dropout=config.adapter_dropout, module_dropout=config.module_dropout, **arguments
-        )
-        check_rank(config, model)
-        if then := begun(c):  # images are prepared as they were, wherever weights lie now
-            preprocessing |= then["identity"].get("preprocessing", {})
-        elif c.init_adapter:
-            said, images = export.start(model, c.init_adapter, dataset.classes)
-            preprocessing |= images
-            print(said)
-        for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
-            keep(split, cache_dir, preprocessing["image_size"], c.cache, c.workers)
-    info = {
-        **arguments,
-        "model": config.model,
-        "weights": named(config.weights),
-        "seed": config.seed,
-        "trunk": checkpoint.fingerprint(model),
-        "eps": model.encoder.ln.eps,
-        "classes": dataset.classes,
-        "preprocessing": preprocessing,
-    }
-    refuse_others(config, dataset, info)
-    made = make_folder(config)
-    return Run(config, dataset, model, info, trainable, total, device, dtype, *made)
-
-
-def smaller(config: Config, error: Exception) -> str:
-    """What to say where the memory does not suffice."""
-    batch = config.batch_size
-    part = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # into so many equal ones
-    smaller = f"--batch-size {batch // part} --grad-accum {config.grad_accum * part}, which learns the same"
-    amp = config.amp not in ("bf16", "fp16")
-    tries = [smaller] * (part > 1) + ["--amp bf16, on older GPUs --amp fp16"] * amp
-    tries += [] if tries else ["a smaller --image-size, or fewer --targets"]
-    again = config.out and (Path(config.out) / "config.json").exists()
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"out of memory with --batch-size {batch} ({reason[:200]}); try {'; or '.join(tries)}"
-        f"{'; in another --out' if again else ''}"
-    )
-
-
-def fit(run: Run) -> dict:
-    """Train for the epochs of the config, evaluate after each, keep the best, draw the pictures."""
-    config = run.config
-    model = run.model.to(run.device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    with run.lock, Signals() as signals:
-        at = Progress(run, optimizer, scaler)
-        forward = spread(Autocast(model, run.device, run.dtype), run.device)
-        if at.result and (not config.test or "test_loss" in at.result):
-            print(f"{run.folder}: finished already, nothing is left to train")
-            print(f"Validation Accuracy: {at.best['val_accuracy']:.2%}")
-            return at.result | {"run_dir": str(run.folder)}
-        try:
-            while at.epoch < config.epochs:
-                train_epoch(run, forward, at, signals)
-            return finish(run, forward, at, signals)
-        except FloatingPointError as error:
-            raise ValueError(at.diverged(error)) from None
-        finally:
-            at.log.release()
-
-
-def train_epoch(run: Run, forward: nn.Module, at: Progress, signals: Signals) -> None:
-    """What is left of the epoch that the run is in: its steps, its evaluation, the best epoch kept."""
-    config, split, steps = run.config, run.dataset.train, at.steps
-    per_step = config.batch_size * config.grad_accum
-    first = at.done - at.epoch * steps
-    run.model.train()
-    batches = load_batches(run, split, train=True, epoch=at.epoch, start=first * per_step)
-    bar = {"desc": f"epoch {at.epoch + 1}/{config.epochs}", "initial": first, "total": steps}
-    for step in progress(range(first, steps), **bar):
-        lr = config.lr * (1 - at.done / (config.epochs * steps))
-        at.optimizer.param_groups[0]["lr"] = lr
-        # A step's dropout depends on its number alone: torchrun's processes draw unequal amounts, if their
-        # shares are, and only the first one's generators are saved.
-        torch.manual_seed((config.seed * 1_000_003 + at.done) % 2**32)
-        images = min(per_step, len(split) - step * per_step)  # the last step may be smaller
-        loss = train_step(run, forward, batches, images, at.optimizer, at.scaler)
-        at.done += 1
-        at.log.step(at.done, loss, lr, images)
-        if at.due():
-            at.save()
-        signals.obey(at)
-    batches = signals.watch(load_batches(run, run.dataset.val), at)
-    counts = torch.zeros(2 * [len(run.dataset.classes)], dtype=torch.int32)
-    val_loss, val_accuracy = evaluate(forward, batches, counts)
-    at.epoch += 1
-    at.log.epoch(at.epoch, val_loss, val_accuracy)
-    better = val_accuracy > at.best["val_accuracy"]
-    if better:
-        at.best = {"val_loss": val_loss, "val_accuracy": val_accuracy, "best_epoch": at.epoch}
-        at.best_tensors, at.best_counts = checkpoint.trained(run.model), counts
-    at.save()  # first, so that where there is an adapter file, there is a run to go on with
-    if better or checkpoint.ADAPTER_FILE in run.unwritten:
-        at.save_adapter()
-
-
-def finish(run: Run, forward: nn.Module, at: Progress, signals: Signals) -> dict:
-    """Put the best epoch back, test it if that was asked for, draw it, and return the result."""
-    config, best = run.config, at.best
-    checkpoint.put(run.model, at.best_tensors)
-    run.model.eval()  # a run that goes on after its last epoch has not been evaluated
-    if config.test:
-        batches = signals.watch(load_batches(run, run.dataset.test), at)
-        test_loss, test_accuracy = evaluate(forward, batches)
-        best = best | {"test_loss": test_loss, "test_accuracy": test_accuracy}
-        at.log.list_bad()
-        print(f"Test Accuracy: {test_accuracy:.2%}")
-    at.log.save()  # the curves are drawn from it
-    attempt(run, "pictures", lambda: draw(run, best["val_accuracy"], at.best_counts))
-    at.log.close(best)
-    if checkpoint.ADAPTER_FILE in run.unwritten and not at.save_adapter():
-        raise ValueError(
-            f"{run.folder / checkpoint.ADAPTER_FILE}: cannot be written; make room and {at.go_on()}"
-        )
-    counts = {"trainable": run.trainable, "total": run.total}
-    at.result = {**best, **counts, "images_per_second": at.log.images_per_second}
-    at.save()
-    print(f"run folder: {run.folder}")
-    print(f"Validation Accuracy: {best['val_accuracy']:.2%}")
-    return {**at.result, "run_dir": str(run.folder)}
-
-
-def train_step(run, model, batches, images: int, optimizer, scaler) -> torch.Tensor:
-    """One step of the optimizer on the next so many images; the mean loss of them, on the device.
-
-    Each batch weighs as much as it has images: the gradient is that of all of them in one batch, however
-    many processes share it. Those exchange gradients in the last backward, and DDP takes the mean of them.
-    """
-    mean_loss = torch.zeros((), device=run.device)
-    for left in reversed(range(-(-images // run.config.batch_size))):
-        pixels, labels = next(batches)
-        with model.no_sync() if left and world() > 1 else nullcontext():
-            loss = F.cross_entropy(model(pixels).float(), labels, reduction="sum") / images
-            scaler.scale(loss * world()).backward()
-        mean_loss += loss.detach()
-    if world() > 1:
-        dist.all_reduce(mean_loss)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return mean_loss
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, batches, counts: torch.Tensor | None = None) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0..1) of the model over all batches, in eval mode.
-
-    counts: (classes, classes) whole numbers on the CPU; each image adds 1 at [its class, the prediction].
-    """
-    model.eval()
-    loss = correct = total = 0
-    pairs = []  # of each batch (2, images): labels, predictions
-    for images, labels in batches:
-        logits = model(images)
-        predictions = logits.argmax(-1)
-        pairs.append(torch.stack([labels, predictions]))
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-        correct += (predictions == labels).sum().item()
-        total += (labels >= 0).sum().item()
-    if world() > 1:
-        sums = torch.tensor([loss, correct, total], dtype=torch.float64, device=labels.device)
-        dist.all_reduce(sums)
-        loss, correct, total = sums.tolist()
-    if counts is not None:
-        counts += confusion(torch.cat(pairs, 1), counts)
-    return loss / total, correct / total
-
-
-def confusion(pairs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """How often each pair of label and prediction (2, images) occurs, in all processes; of like's shape."""
-    labels, predictions = pairs[:, pairs[0] >= 0].cpu()  # the rest is padding of torchrun's shares
-    counts = torch.zeros_like(like)
-    counts.index_put_((labels, predictions), counts.new_ones(()), accumulate=True)
-    if world() > 1:
-        counts = counts.to(pairs.device)  # nccl knows no other place
-        dist.all_reduce(counts)
-    return counts.to(like.device)
-
-
-def load_batches(run: Run, split: Split, train: bool = False, epoch: int = 0, start: int = 0):
-    """The batches of a split as the run's config wants them."""
-    c, preprocessing = run.config, run.info["preprocessing"]
-    augment = {"train": train, "min_crop": c.min_crop, "flip": c.flip}
-    random = {"seed": c.seed, "epoch": epoch, "start": start, "part": (rank(), world())}
-    batches = data.batches(
-        split, c.batch_size, preprocessing, run.device, workers=c.workers, **augment, **random
-    )
-    if train:
-        return batches  # the bar of an epoch counts steps
-    return progress(batches, desc="evaluate", total=-(-len(split) // c.batch_size))
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; 0, or after one line on stderr 2 for what cannot work, and 128 + its
-    number for a signal."""
-    who = f"train.py, process {rank()}" if rank() > 0 else "train.py"
+    """Train as the command line says. Returns the exit status: 0; 2 after one line on stderr for what cannot
+    work; 128 + its number for a signal."""
+    who = f"train.py, process {process()}" if process() > 0 else "train.py"
     try:
         train(parse(argv))
     except Stopped as stopped:

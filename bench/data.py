@@ -1,11 +1,11 @@
-"""How fast images arrive: ours against the usual pipeline, in one run on generated files.
+"""How fast images arrive: data.py against torchvision's usual pipeline, in one run on generated files.
 
     python bench/data.py                    # writes bench/data.md
 
 The usual pipeline is torchvision's ImageFolder with RandomResizedCrop, RandomHorizontalFlip, ToTensor and
 Normalize in a DataLoader with as many workers. Both give float32 batches of 64, augmented and normalised,
-on the device. Rounds alternate, and each figure is the median of its rounds. On a CPU, freed
-memory stays with the process as in train.py (devices.keep_freed_memory), for both.
+on the device. Rounds alternate, and each figure is the median of its rounds. On a CPU, the process keeps
+freed memory, as in train.py (devices.keep_freed_memory), for both.
 """
 
 import argparse
@@ -38,7 +38,7 @@ BATCH = 64
 
 
 def write_images(root: Path, count: int, size: tuple[int, int]) -> None:
-    """Class folders of JPEGs with the detail of photographs: noise at every scale, about 1 / f."""
+    """Write class folders of JPEGs with as much detail as photographs: noise at every scale, about 1 / f."""
     rng = np.random.default_rng(0)
     wide, high = size
     for i in range(count):
@@ -74,7 +74,7 @@ def usual(root: Path, size: int, device: torch.device, workers: int):
 
 
 def seconds(batches, device: torch.device) -> float:
-    """Time until the last batch has arrived."""
+    """The time until the last batch has arrived."""
     start = time.perf_counter()
     for images, _ in batches:
         assert images.dtype == torch.float32
@@ -84,7 +84,7 @@ def seconds(batches, device: torch.device) -> float:
 
 
 def measure(count: int, source: tuple[int, int], size: int, cache: bool, options) -> dict:
-    """Images/s of both over epochs, from nothing decoded: all epochs, and those after the first."""
+    """Images/s of the usual pipeline, of ours over all epochs, and of ours after the first, which decodes."""
     device, workers = options.device, options.workers
     preprocessing = {**IMAGENET, "image_size": size}
     ours, theirs = [], []
@@ -99,10 +99,10 @@ def measure(count: int, source: tuple[int, int], size: int, cache: bool, options
                 start = time.perf_counter()
                 if epoch == 0:
                     keep(split, Path(folder) / f"cache{turn}", size, cache, workers)
-                # what is kept is read in this process where the device is a CPU
-                few = workers if split.pixels is None else None
+                # None: kept images need no worker processes if the device is a CPU.
+                processes = workers if split.pixels is None else None
                 batches = data.batches(
-                    split, BATCH, preprocessing, device, train=True, epoch=epoch, workers=few
+                    split, BATCH, preprocessing, device, train=True, epoch=epoch, workers=processes
                 )
                 seconds(batches, device)
                 times.append(time.perf_counter() - start)
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--images", type=int, default=4000, help="of 64 pixels; an eighth as many large ones"
+        "--images", type=int, default=4000, help="number of small images; large ones: an eighth"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "data.md")
     options = parser.parse_args()
@@ -136,16 +136,16 @@ def main() -> None:
         ("512 x 384 JPEG, for 224 px, `--cache`", few, (512, 384), 224, True),
     ]
     lines = [
-        "| images | usual, images/s | ours, from the second epoch on | ours, "
-        f"{options.epochs} epochs with the first |",
+        "| images | usual, images/s | ours, after the first epoch | ours, "
+        f"all {options.epochs} epochs |",
         "|---|---|---|---|",
     ]
     for title, count, source, size, cache in rows:
-        found = measure(count, source, size, cache, options)
+        rates = measure(count, source, size, cache, options)
         lines.append(
-            f"| {title} | {found['usual']:,.0f} | {found['later']:,.0f} "
-            f"({found['later'] / found['usual']:.1f} x) | {found['all']:,.0f} "
-            f"({found['all'] / found['usual']:.1f} x) |"
+            f"| {title} | {rates['usual']:,.0f} | {rates['later']:,.0f} "
+            f"({rates['later'] / rates['usual']:.1f} x) | {rates['all']:,.0f} "
+            f"({rates['all'] / rates['usual']:.1f} x) |"
         )
         print(lines[-1], flush=True)
     name = f" {torch.cuda.get_device_name(options.device)}" if options.device.type == "cuda" else ""
@@ -156,8 +156,8 @@ def main() -> None:
             *lines,
             "",
             f"Batches of {BATCH}, {options.workers} workers, medians of {options.rounds} alternating rounds "
-            f"of {options.epochs} epochs, {many:,} small and {few:,} large generated images, device "
-            f"{options.device}{name}. {len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
+            f"of {options.epochs} epochs, {many:,} small and {few:,} large generated images, on "
+            f"{options.device}{name}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
             f"{platform.python_version()}, torch {torch.__version__}, torchvision "
             f"{torchvision.__version__}, Pillow {PIL.__version__}{commit()}.",
             "",

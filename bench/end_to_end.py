@@ -3,12 +3,12 @@
     pip install peft transformers accelerate
     python bench/end_to_end.py                         # writes bench/end_to_end.md
 
-Both train the same adapter in every linear layer of a ViT-B/16 with random weights, on the same
-generated JPEGs, in batches of the same size, for as many steps, with AdamW. Each reads images in its
-usual way, with as many workers: train.py decodes at the scale that a crop needs, the Trainer takes
-torchvision's ImageFolder with RandomResizedCrop, flip and Normalize. Evaluation, loading and saving are
-left out of both. Rounds alternate; a figure is the median of its rounds. On a CPU, freed memory stays with
-the process (devices.keep_freed_memory), for both.
+Both train the same adapter in every linear layer of a ViT-B/16 with random weights, on the same generated
+JPEGs, with AdamW, the same batch size, number of steps and number of workers. Each reads images in its usual
+way: train.py decodes at the scale that a crop needs, the Trainer uses torchvision's ImageFolder with
+RandomResizedCrop, flip and Normalize. Evaluation, loading and saving are not measured. Rounds alternate; a
+figure is the median of its rounds. On a CPU, the process keeps freed memory (devices.keep_freed_memory), for
+both.
 """
 
 import argparse
@@ -45,7 +45,7 @@ CONFIGS = {
 
 
 def write_images(root: Path, count: int) -> None:
-    """Two classes of JPEGs of 512 x 384, smooth noise, in train/ and a few in val/."""
+    """Write two classes of 512 x 384 JPEGs of smooth noise, count in train/ and two in val/."""
     rng = np.random.default_rng(0)
     for split, n in (("train", count), ("val", 2)):
         for i in range(n):
@@ -139,22 +139,22 @@ def main() -> None:
         for kind in options.kinds:
             rates = []
             for turn in range(options.rounds):
-                place = Path(folder) / f"{kind}{turn}"
-                ours = with_train(kind, root, place / "ours", options)
-                rates.append((with_trainer(kind, root, place / "theirs", options), ours))
+                out = Path(folder) / f"{kind}{turn}"
+                ours = with_train(kind, root, out / "ours", options)
+                rates.append((with_trainer(kind, root, out / "theirs", options), ours))
             theirs, ours = (statistics.median(column) for column in zip(*rates, strict=True))
             ratio = statistics.median(b / a for a, b in rates)
             lines.append(f"| {kind} | {theirs:.2f} | {ours:.2f} | {ratio:.2f} |")
             print(lines[-1], flush=True)
     packages = ("torch", "torchvision", "peft", "transformers")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    how = (
+    conditions = (
         f"ViT-B/16, all linear layers, rank {options.rank}, batch {options.batch}, {options.steps} steps, "
         f"medians of {options.rounds} paired rounds, {options.device}, amp {options.amp}, "
         f"{options.threads} threads, {len(os.sched_getaffinity(0))} cores, {platform.machine()}, "
         f"Python {platform.python_version()}, {versions}{commit()}."
     )
-    text = ["# Images/s of a training run", "", *lines, "", how, ""]
+    text = ["# Images/s of a training run", "", *lines, "", conditions, ""]
     options.out.write_text("\n".join(text))
 
 

@@ -1,4 +1,4 @@
-"""What an adapter costs: a training step against that of the frozen trunk, ours and the peers' in one run.
+"""What an adapter costs: the time and memory of a training step, ours and other libraries' in one run.
 
     pip install peft lycoris-lora
     python bench/speed.py                              # writes bench/speed.md and bench/speed.png
@@ -6,13 +6,14 @@
         --rounds 25 7 3 --out bench/grid               # bench/grid.md
     python bench/speed.py --device cuda --amp bf16 --batches 64
 
-The trunk is the encoder blocks of torchvision's ViT-B/16, attention split (attention.split_attention), random
-weights: the same matrices for all. A step is a forward and a backward to the input and to whatever
-trains. The floor is that step with nothing adapted. A round is a step of each, in an order of its own; a
-figure is the median over rounds of the step's time over the floor's of the same round. "kept" is what
-autograd keeps for backward over what it keeps of the floor: bytes of distinct storages, parameters left out.
-A last table has the peers' time over ours, of the same round too: the median, and the quartiles.
-On a CPU, freed memory stays with the process as in train.py (devices.keep_freed_memory), for all.
+The trunk is the encoder blocks of torchvision's ViT-B/16 with random weights, after split_attention: the same
+matrices for all. A step is a forward pass and a backward pass, to the input and to everything that trains.
+The floor is a step without adapters. A round has one step of each model, in random order. "time / floor" is a
+step's time divided by the floor's time in the same round: the median over rounds. "kept / floor" compares the
+memory that autograd keeps for the backward pass: bytes of distinct storages, without parameters. The last
+table has other libraries' time divided by ours in the same round: median and quartiles.
+
+On a CPU, the process keeps freed memory, as in train.py (devices.keep_freed_memory), for all models.
 """
 
 import argparse
@@ -36,14 +37,13 @@ import torch
 from torch import nn
 from torchvision.models import VisionTransformer
 
-import attention
-
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from attention import split_attention  # noqa: E402
 from engine.devices import keep_freed_memory  # noqa: E402
 from engine.report import commit, saved_bytes  # noqa: E402
 from loha import LoHaLinear  # noqa: E402
@@ -69,7 +69,7 @@ def trunk(blocks: int) -> nn.Sequential:
     torch.manual_seed(0)
     with torch.no_grad():
         model = VisionTransformer(224, 16, blocks, 12, 768, 3072)
-    return attention.split_attention(model).encoder.layers.requires_grad_(False)
+    return split_attention(model).encoder.layers.requires_grad_(False)
 
 
 def ours(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:
@@ -90,20 +90,22 @@ def of_lycoris(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Modu
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and f".{name}".endswith(tuple(f".{t}" for t in targets)):
             adapter = LYCORIS[kind](name.replace(".", "_"), layer, 1.0, rank, rank)
-            adapter.apply_to()  # in place of layer.forward
+            adapter.apply_to()  # replaces layer.forward
             adapters.append(adapter)
     model.adapters = adapters.requires_grad_(True)
-    model.forward = lambda x: nn.Sequential.forward(model[:-1], x)  # the adapters are no block
+    model.forward = lambda x: nn.Sequential.forward(
+        model[:-1], x
+    )  # the last child, adapters, is not a block
     return model
 
 
 def contenders(rank: int, targets: list[str], options) -> dict[str, nn.Module]:
     models = {"floor": trunk(options.blocks), "full": trunk(options.blocks).requires_grad_(True)}
     makers = {"ours": ours, "PEFT": of_peft, "LyCORIS": of_lycoris}
-    for kind, (who, make) in itertools.product(OURS, makers.items()):
-        models[f"{kind} {who}"] = model = make(kind, rank, targets, options.blocks)
+    for kind, (library, make) in itertools.product(OURS, makers.items()):
+        models[f"{kind} {library}"] = model = make(kind, rank, targets, options.blocks)
         for parameter in model.parameters():
-            if parameter.requires_grad:  # no factor is left at zero: it could make products cheap
+            if parameter.requires_grad:  # a factor of zeros could make products cheap
                 nn.init.normal_(parameter, std=0.02)
     return {name: model.to(options.device).train() for name, model in models.items()}
 
@@ -114,7 +116,7 @@ def forward(model: nn.Module, x: torch.Tensor, options) -> torch.Tensor:
 
 
 def step(model: nn.Module, x: torch.Tensor, options) -> float:
-    """Milliseconds of a forward and backward."""
+    """Milliseconds of a forward and backward pass."""
     for parameter in model.parameters():
         parameter.grad = None
     x = x.detach().requires_grad_()
@@ -133,12 +135,12 @@ def step(model: nn.Module, x: torch.Tensor, options) -> float:
 
 
 def kept(model: nn.Module, x: torch.Tensor, options) -> int:
-    """Bytes that autograd keeps for backward, parameters left out."""
+    """Bytes that autograd keeps for the backward pass, without parameters."""
     return saved_bytes(model, lambda: forward(model, x.detach().requires_grad_(), options))
 
 
 def peak(model: nn.Module, x: torch.Tensor, options) -> int:
-    """Bytes allocated on the GPU at the highest point of a step, over what was there before it."""
+    """Bytes on the GPU at the highest point of a step, minus those allocated before it."""
     for parameter in model.parameters():
         parameter.grad = None
     torch.cuda.reset_peak_memory_stats()
@@ -148,83 +150,82 @@ def peak(model: nn.Module, x: torch.Tensor, options) -> int:
 
 
 def paired(times: dict[str, list[float]], a: str, b: str) -> list[float]:
-    """a's time over b's, of each round."""
+    """a's time divided by b's, for each round."""
     return [x / y for x, y in zip(times[a], times[b], strict=True)]
 
 
 def measure(rank: int, targets: list[str], batch: int, rounds: int, options) -> tuple[dict, dict]:
-    """For each contender, time and memory over the floor's; for each of the peers, the quartiles of its
-    time over ours."""
+    """(time and memory of each model relative to the floor, quartiles of other libraries' time over ours)"""
     models = contenders(rank, targets, options)
     x = torch.randn(batch, 197, 768, device=options.device)
     times = {name: [] for name in models}
     order, rng = list(models), random.Random(0)
     for turn in range(-2, rounds):
-        rng.shuffle(order)  # what ran before a step leaves its traces in caches and memory
+        rng.shuffle(order)  # the previous step affects caches and memory
         for name in order:
-            took = step(models[name], x, options)
-            if turn >= 0:  # the first two warm up
-                times[name].append(took)
+            duration = step(models[name], x, options)
+            if turn >= 0:  # the first two rounds warm up
+                times[name].append(duration)
     memory = {name: kept(model, x, options) for name, model in models.items()}
     if options.device.type == "cuda":
         peaks = {name: peak(model, x, options) for name, model in models.items()}
-    found = {}
+    results = {}
     for name in models:
-        found[name] = {
+        results[name] = {
             "ms": statistics.median(times[name]),
             "ratio": statistics.median(paired(times, name, "floor")),
             "kept": memory[name] / memory["floor"],
         }
         if options.device.type == "cuda":
-            found[name]["peak"] = peaks[name] / peaks["floor"]
+            results[name]["peak"] = peaks[name] / peaks["floor"]
     del models
     gc.collect()
-    peers = {}
-    for kind, who in itertools.product(OURS, ("PEFT", "LyCORIS")):
-        ratios = paired(times, f"{kind} {who}", f"{kind} ours")
-        peers[f"{kind} {who}"] = np.quantile(ratios, [0.25, 0.5, 0.75])
-    return found, peers
+    others = {}
+    for kind, library in itertools.product(OURS, ("PEFT", "LyCORIS")):
+        ratios = paired(times, f"{kind} {library}", f"{kind} ours")
+        others[f"{kind} {library}"] = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return results, others
 
 
-def table(found: dict[str, dict[str, float]]) -> list[str]:
-    columns = list(found["floor"])
-    titles = {"ms": "ms a step", "ratio": "time / floor", "kept": "kept / floor"}
+def table(results: dict[str, dict[str, float]]) -> list[str]:
+    columns = list(results["floor"])
+    titles = {"ms": "ms per step", "ratio": "time / floor", "kept": "kept / floor"}
     titles["peak"] = "peak memory / floor"
     lines = [
         "| | " + " | ".join(titles[c] for c in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for name, values in found.items():
+    for name, values in results.items():
         cells = [f"{values[c]:,.0f}" if c == "ms" else f"{values[c]:.2f}" for c in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
-def against_peers(rows: dict[str, dict[str, np.ndarray]]) -> list[str]:
-    """A table of the peers' time over ours, a row for each setting."""
+def other_libraries(rows: dict[str, dict[str, np.ndarray]]) -> list[str]:
+    """A table of other libraries' time over ours, with a row for each setting."""
     names = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for setting, peers in rows.items():
-        cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in peers.values()]
+    for setting, others in rows.items():
+        cells = [f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in others.values()]
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     return lines
 
 
 def draw(results: dict[int, dict], title: str, path: Path) -> None:
-    """A panel for each rank: time over the floor's, for each kind of adapter ours and the peers'."""
+    """Draw a panel for each rank: time over the floor's, for each adapter and library."""
     figure, axes = plt.subplots(
         1, len(results), figsize=(4.6 * len(results), 4.2), sharey=True, squeeze=False, dpi=150
     )
-    for axis, (rank, found) in zip(axes[0], results.items(), strict=True):
-        for i, (who, colour) in enumerate(COLOURS.items()):
-            heights = [found[f"{kind} {who}"]["ratio"] for kind in OURS]
+    for axis, (rank, values) in zip(axes[0], results.items(), strict=True):
+        for i, (library, colour) in enumerate(COLOURS.items()):
+            heights = [values[f"{kind} {library}"]["ratio"] for kind in OURS]
             places = [j + 0.28 * (i - 1) for j in range(len(OURS))]
-            bars = axis.bar(places, heights, 0.26, color=colour, label=who)
+            bars = axis.bar(places, heights, 0.26, color=colour, label=library)
             labels = axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-            for label in labels:  # over the lines
+            for label in labels:  # readable on top of the lines
                 label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         axis.axhline(1, color="black", linewidth=1, zorder=0, label="floor: frozen trunk")
-        full = found["full"]["ratio"]
+        full = values["full"]["ratio"]
         axis.axhline(full, color="black", linestyle=":", zorder=0, label="full fine-tuning")
         axis.set_xticks(range(len(OURS)), list(OURS))
         axis.set_title(f"rank {rank}", fontsize=11)
@@ -255,11 +256,13 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--targets", nargs="+", default=["all"], help="all, or names with commas")
+    parser.add_argument(
+        "--targets", nargs="+", default=["all"], help="all, or names separated by commas"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[8])
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument(
-        "--rounds", type=int, nargs="+", default=[9], help="one, or one for each batch"
+        "--rounds", type=int, nargs="+", default=[9], help="one number, or one for each batch size"
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "speed")
@@ -274,23 +277,32 @@ def main() -> None:
             f"--rounds has {len(options.rounds)} numbers for {len(options.batches)} batches"
         )
     rounds = dict(zip(options.batches, itertools.cycle(options.rounds), strict=False))
-    results, rows, lines = {}, {}, ["# What a training step costs over the frozen trunk's", ""]
+    results, rows, lines = (
+        {},
+        {},
+        ["# What a training step costs, relative to the frozen trunk", ""],
+    )
     for targets, batch, rank in itertools.product(options.targets, options.batches, options.ranks):
         names = EVERY if targets == "all" else targets.split(",")
-        found, peers = measure(rank, names, batch, rounds[batch], options)
-        results.setdefault((targets, batch), {})[rank] = found
-        rows[setting := f"{targets}, batch {batch}, rank {rank}"] = peers
-        part = [f"## {setting}", "", *table(found), ""]
+        values, others = measure(rank, names, batch, rounds[batch], options)
+        results.setdefault((targets, batch), {})[rank] = values
+        rows[setting := f"{targets}, batch {batch}, rank {rank}"] = others
+        part = [f"## {setting}", "", *table(values), ""]
         print("\n".join(part), flush=True)
         lines += part
-    part = ["## The peers' time over ours, median (quartiles)", "", *against_peers(rows), ""]
+    part = [
+        "## Other libraries' time over ours, median (quartiles)",
+        "",
+        *other_libraries(rows),
+        "",
+    ]
     print("\n".join(part))
     lines += [*part, machine(options), ""]
     options.out.with_suffix(".md").write_text("\n".join(lines))
     (targets, batch), by_rank = next(iter(results.items()))
-    what = "all linear layers" if targets == "all" else targets
-    where = options.device.type.upper()
-    title = f"{options.blocks} ViT-B blocks, {what}, batch {batch} x 197 tokens, {where}"
+    layers = "all linear layers" if targets == "all" else targets
+    device = options.device.type.upper()
+    title = f"{options.blocks} ViT-B blocks, {layers}, batch {batch} x 197 tokens, {device}"
     draw(by_rank, title, options.out.with_suffix(".png"))
 
 

@@ -1,4 +1,4 @@
-"""The adapters by name, and how a model gets one: ADAPTERS, METHODS, adapt."""
+"""The adapters by name, and how a model of train.py gets one: ADAPTERS, METHODS, adapt."""
 
 from functools import partial
 
@@ -11,6 +11,7 @@ from lora import LoRALinear, mark_trainable, replace_linear
 
 ADAPTERS = {"lora": LoRALinear, "loha": LoHaLinear, "lokr": LoKrLinear}
 METHODS = (*ADAPTERS, "head", "full")  # head: a linear probe; full: everything trains
+# The arguments of adapt that an adapter file keeps.
 ADAPT = ("adapter", "rank", "alpha", "targets", "bias", "factor", "decompose_both")
 
 
@@ -26,9 +27,9 @@ def adapt(
     factor: int = -1,
     decompose_both: bool = False,
 ) -> tuple[int, int]:
-    """Wrap and mark a model for one of METHODS, in place; return (trainable, total) parameters.
+    """Prepare a model for one of METHODS, in place; return (trainable, total) parameter counts.
 
-    factor and decompose_both are LoKr's alone. Raises ValueError for what does not fit the model.
+    factor and decompose_both matter for LoKr only. Raises ValueError if something does not fit the model.
     """
     if adapter not in METHODS:
         raise ValueError(f"adapter {adapter!r}: expected one of {', '.join(METHODS)}")
@@ -44,7 +45,9 @@ def adapt(
         )
         for name in replace_linear(model, wrap, targets):
             if "heads.head" in name:
-                raise ValueError(f"targets: {name} is the head, which trains whole: leave it out")
+                raise ValueError(
+                    f"targets: {name} is the head, which trains as a whole: leave it out"
+                )
     if adapter == "full":
         model.requires_grad_(True)
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -52,9 +55,19 @@ def adapt(
     return mark_trainable(model, bias=bias)
 
 
+def check_rank(model: nn.Module, rank: int) -> None:
+    """Raise ValueError if an adapted layer is too small for the rank."""
+    for name, module in model.named_modules():
+        if hasattr(module, "delta_weight") and rank > min(module.linear.weight.shape):
+            raise ValueError(
+                f"--rank {rank}: {name} is {tuple(module.linear.weight.shape)}; "
+                f"expected at most {min(module.linear.weight.shape)}"
+            )
+
+
 @torch.no_grad()
 def relative_norms(model: nn.Module) -> dict[str, float]:
-    """How far each adapter has moved its layer: ||delta W|| / ||W||, Frobenius norms, by name."""
+    """||delta W|| / ||W|| of each adapter (Frobenius norms) by its name: how far it has moved its layer."""
     layers = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
     norms = [m.delta_weight().norm() / m.linear.weight.norm() for m in layers.values()]
     return dict(zip(layers, torch.stack(norms).tolist() if norms else [], strict=True))

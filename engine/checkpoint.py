@@ -1,16 +1,13 @@
-"""The adapter file, what training changed and all that is needed to rebuild the model around it; and the
-resume file, all that is needed to go on training beside images and trunk.
+"""The adapter file, which rebuilds a trained model, and last.pt, which resumes a run.
 
-adapter.safetensors holds the tensors that were trained (adapter, head, biases; with --adapter full
-the whole model) under their names in the model. Its metadata, all strings, say the rest: adapter,
-rank, alpha, targets and the other arguments of adapt; model and weights, the arguments of vit.build;
-trunk, a hash of the frozen tensors; eps, of its LayerNorms; classes and preprocessing. All but TEXTS are
+adapter.safetensors holds the trained tensors (adapter, head, biases; with --adapter full the whole model)
+under their names in the model. Its metadata holds what rebuilds the model around them: adapter, rank, alpha,
+targets and the other arguments of adapt; model and weights, the arguments of vit.build; trunk, a hash of the
+frozen tensors; eps of the LayerNorms; classes; preprocessing. Metadata is text: every value except TEXTS is
 written as JSON.
 
-    model, info = load_adapter("runs/x/adapter.safetensors")      # in eval mode
-
-last.pt, the resume file, holds a run between two steps: the trained tensors, optimizer, loss scaler and
-random generators, and what train.py adds of its own. It is read without unpickling objects.
+last.pt holds a run between two steps: trained tensors, optimizer, loss scaler, random generators, and what
+the run adds. It is read without unpickling objects.
 """
 
 import hashlib
@@ -24,20 +21,20 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-import vit
-from engine.adapt import ADAPT, adapt
+from engine.adapt import ADAPT
 from engine.devices import out_of_memory
-from engine.files import atomic, first_mismatch, read_tensors
+from engine.files import atomic, first_line, first_mismatch, read_tensors
 
 ADAPTER_FILE = "adapter.safetensors"  # in a run's folder
-TEXTS = ("adapter", "bias", "model", "weights", "trunk")  # stand in the metadata as they are
+TEXTS = ("adapter", "bias", "model", "weights", "trunk")
+NEEDED = (*ADAPT, "model", "weights", "seed", "trunk", "classes", "preprocessing")
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the names and values of the frozen parameters: which trunk an adapter belongs to.
+    """A hash of the names and values of the frozen parameters: it identifies the trunk of an adapter.
 
-    The position embedding is left out: for another image size it is interpolated, and processors
-    differ in how they round that.
+    It leaves out the position embedding. That is interpolated for another image size, and processors round
+    differently.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -57,7 +54,7 @@ def trained(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def put(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The opposite of trained: give the trainable tensors of the model these values."""
+    """Give the trainable tensors of the model these values: the opposite of trained."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -65,29 +62,28 @@ def put(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def save_adapter(path: str | Path, model: nn.Module, info: dict) -> None:
-    """Write the trainable tensors of the model, with info as metadata, in one piece or not at all."""
+    """Write the trainable tensors of the model with info as metadata, in one piece or not at all."""
     write_adapter(path, trained(model), info)
 
 
 def write_adapter(path: str | Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
-    """As save_adapter, for tensors that trained returned."""
+    """As save_adapter, for the tensors that trained returned."""
     metadata = {key: value if key in TEXTS else json.dumps(value) for key, value in info.items()}
     with atomic(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, metadata))
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors and the info of an adapter file, or of the one in a run's folder.
+    """The tensors and the info of an adapter file; path may be the folder of its run.
 
-    Raises FileNotFoundError, or ValueError if it is another kind of file or lacks part of its info.
+    Raises FileNotFoundError, or ValueError if it is another kind of file or lacks a part of its info.
     """
     path = Path(path)
     path = path / ADAPTER_FILE if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     tensors, metadata = read_tensors(path)
-    needed = (*ADAPT, "model", "weights", "seed", "trunk", "classes", "preprocessing")
-    for key in needed:
+    for key in NEEDED:
         if key not in metadata:
             raise ValueError(f"{path}: expected {key!r} in the metadata, found {sorted(metadata)}")
     info = {}
@@ -99,55 +95,21 @@ def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     return tensors, info
 
 
-def restore(model: nn.Module, path: str | Path) -> dict:
-    """Load an adapter file into a model that was adapted the same way; return its info.
+def restore(model: nn.Module, tensors: dict, info: dict, path: str | Path) -> None:
+    """Put the tensors of an adapter file into a model that was adapted the same way.
 
     Raises ValueError, with the model unchanged, if a tensor or the trunk does not fit.
     """
-    tensors, info = read_adapter(path)
-    copy_tensors(model, tensors, info, path)
-    return info
-
-
-def copy_tensors(model: nn.Module, tensors: dict, info: dict, path: str | Path) -> None:
-    """Put the tensors of an adapter file where they belong, or raise ValueError: see restore."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if problem := first_mismatch(trainable, tensors):
         raise ValueError(f"{path}: {problem}")
-    # A random trunk comes from its seed, and processors differ in how they round that: not compared.
+    # A random trunk is drawn from its seed, and processors round it differently: not compared.
     if info["weights"] != "none" and (found := fingerprint(model)) != info["trunk"]:
         raise ValueError(
             f"{path}: trunk: expected {info['trunk']} (weights {info['weights']!r}), found {found}; "
             "the adapter was trained on other weights"
         )
     put(model, tensors)
-
-
-def load_adapter(
-    path: str | Path, weights: str | None = None, device: torch.device | str = "cpu"
-) -> tuple[nn.Module, dict]:
-    """Rebuild the trained model from its adapter file: (model in eval mode, info).
-
-    weights: where the trunk's weights are now, if not where they were in training.
-    info: adapter, rank, alpha, targets, model, weights, classes, preprocessing and what else adapt needs.
-    Raises OSError or ValueError, naming the file and the key, for what is missing or does not fit.
-    """
-    tensors, info = read_adapter(path)
-    weights = weights or ("none" if info["adapter"] == "full" else info["weights"])
-    size, seed = info["preprocessing"]["image_size"], info["seed"]
-    try:
-        # eps is the trunk's, but with --adapter full there is none to say so
-        model, _ = vit.build(
-            info["model"], weights, len(info["classes"]), size, seed=seed, eps=info.get("eps")
-        )
-        adapt(model, **{key: info[key] for key in ADAPT})
-    except (ValueError, OSError) as error:
-        # Not type(error): a subclass such as JSONDecodeError takes other arguments.
-        kinds = (FileNotFoundError, OSError, ValueError)
-        kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"{path}: {error}") from None
-    copy_tensors(model, tensors, info, path)
-    return model.to(device).eval(), info
 
 
 def seed_generators(seed: int) -> None:
@@ -158,7 +120,7 @@ def seed_generators(seed: int) -> None:
 
 
 def generators() -> dict:
-    """The states of the random generators, of kinds that torch.load reads without unpickling objects."""
+    """The states of the random generators, as types that torch.load reads without unpickling objects."""
     name, words, *rest = np.random.get_state()  # noqa: NPY002 (what libraries draw from)
     return {
         "python": random.getstate(),
@@ -169,7 +131,7 @@ def generators() -> dict:
 
 
 def set_generators(states: dict) -> None:
-    """Put the random generators back; those of GPUs only where there are as many."""
+    """Restore the random generators; those of GPUs only if the number of GPUs is the same."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["torch"])
@@ -178,22 +140,22 @@ def set_generators(states: dict) -> None:
 
 
 def save_resume(path: Path, model: nn.Module, optimizer, scaler, rest: dict) -> None:
-    """Write the resume file, in one piece or not at all: rest, and all else that a step changes.
+    """Write the resume file, in one piece or not at all: all that a step changes, and rest.
 
-    Raises OSError if it cannot be written, FloatingPointError, with the file as it was, if a trained
-    tensor is not finite: nobody wants to go on from there.
+    Raises OSError if it cannot be written. Raises FloatingPointError, with the file unchanged, if a trained
+    tensor is not finite: nobody wants to resume from there.
     """
     tensors = trained(model)
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise FloatingPointError(f"{bad[0]} is not finite")
-    parts = {
+    state = {
         "tensors": tensors,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "generators": generators(),
     }
-    content = io.BytesIO()  # straight to a file, torch.save says of a full disk only that it failed
-    torch.save(parts | rest, content)
+    content = io.BytesIO()  # if the disk is full, torch.save to a file only says that it failed
+    torch.save(state | rest, content)
     with atomic(path) as temporary:
         temporary.write_bytes(content.getbuffer())
 
@@ -201,11 +163,11 @@ def save_resume(path: Path, model: nn.Module, optimizer, scaler, rest: dict) -> 
 def read_resume(path: Path, mmap: bool = False) -> dict:
     """The content of a resume file, on the CPU. Raises ValueError if it is another kind of file.
 
-    mmap: leave the tensors on the disk, for who wants to know only what the file is of.
+    mmap: leave the tensors on disk, when only the metadata is needed.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if missing := {"config", "identity", "tensors"} - content.keys():
+        if missing := {"config", "identity", "step", "tensors"} - content.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
         return content
     except OSError:
@@ -213,14 +175,13 @@ def read_resume(path: Path, mmap: bool = False) -> dict:
     except Exception as error:  # wrong bytes are met with errors of any type
         if out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{path}: not a resume file ({reason})") from None
+        raise ValueError(f"{path}: not a resume file ({first_line(error)})") from None
 
 
 def restore_resume(content: dict, model: nn.Module, optimizer, scaler) -> None:
-    """Put what save_resume was given back, as it was to the bit."""
+    """Restore what save_resume was given, bit for bit."""
     put(model, content["tensors"])
     optimizer.load_state_dict(content["optimizer"])
-    if content["scaler"] and scaler.is_enabled():  # without fp16 there is nothing in it
+    if content["scaler"] and scaler.is_enabled():  # empty without fp16
         scaler.load_state_dict(content["scaler"])
     set_generators(content["generators"])

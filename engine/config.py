@@ -1,7 +1,9 @@
-"""What a run is told: Config, from which the command line is made, the recipes, and what is refused."""
+"""The settings of a run: Config and its command line, the recipes, and which values are refused.
+
+Only data: nothing here opens a file.
+"""
 
 import argparse
-import json
 import math
 import operator
 import os
@@ -9,102 +11,97 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
-from torch import nn
-
-import data
-import export
-import vit
-from engine import checkpoint
 from engine.adapt import METHODS
+
+# Data sets and trunks by name, as in data.SOURCES and vit.MODELS.
+DATASETS = "demo tiny-imagenet tiny-imagenet-official food101 cifar100 imagenet folder fashion-mnist".split()
+MODELS = ("vit_b_16", "vit_mini")
 
 
 def option(default, help: str, choices=None):
-    """A field of Config. It holds None until __post_init__ takes the recipe's value or the default."""
+    """A field of Config. It is None until __post_init__ takes the recipe's value or the default."""
     return field(default=None, metadata={"default": default, "help": help, "choices": choices})
 
 
 @dataclass
 class Config:
-    """Everything that a run depends on. What is not given comes from the recipe, then the default."""
+    """Everything that a run depends on. A field that is not given has the recipe's value, or the default.
 
-    recipe: str = field(default="demo", metadata={"help": "which settings to start from"})
-    dataset: str = option("demo", "data set", tuple(data.SOURCES))
-    data_dir: str | None = option(None, "where the data set lies (default: the known places)")
-    limit: int | None = option(None, "at most this many images of each split")
+    Every field is a flag of train.py. Raises ValueError for an unknown recipe or a value of the wrong type.
+    """
+
+    recipe: str = field(default="demo", metadata={"help": "the settings to start from"})
+    dataset: str = option("demo", "data set", DATASETS)
+    data_dir: str | None = option(None, "folder of the data set (default: search known places)")
+    limit: int | None = option(None, "use at most this many images of each split")
     classes: str | None = option(None, "train on these classes only, names with commas")
-    download: bool = option(False, "fetch the data set if it is not there (food101, cifar100)")
+    download: bool = option(False, "download the data set if it is missing (food101, cifar100)")
     holdout: float = option(0.0, "validate on this fraction of the training images instead")
-    min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: none")
+    min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: no crops")
     flip: bool = option(True, "mirror training images at random")
-    model: str = option("vit_b_16", "trunk", tuple(vit.MODELS))
+    model: str = option("vit_b_16", "trunk", MODELS)
     weights: str = option(
         "imagenet1k", "imagenet1k, swag, in21k, embedded, none, a file or a folder"
     )
-    image_size: int | None = option(None, "pixels of a side (default: the trunk's own)")
+    image_size: int | None = option(None, "side of the images in pixels (default: the trunk's)")
     adapter: str = option("lora", "what trains", METHODS)
     rank: int = option(4, "inner dimension of the adapters")
     alpha: float = option(32.0, "the update is scaled by alpha / rank")
-    targets: str = option("all", "all linear layers, or last parts of names with commas")
+    targets: str = option("all", "adapt all linear layers, or last parts of names with commas")
     factor: int = option(-1, "LoKr: rows and columns of W1; -1: near the square root")
     decompose_both: bool = option(False, "LoKr: W1 is a product of two factors too")
-    bias: str = option("none", "which biases train as well", ("none", "all", "adapter"))
+    bias: str = option("none", "biases that train as well", ("none", "all", "adapter"))
     head_dropout: float = option(0.0, "dropout before the head")
     adapter_dropout: float = option(0.0, "dropout of each adapter's input")
-    module_dropout: float = option(0.0, "probability that an adapter does nothing in a forward")
+    module_dropout: float = option(0.0, "probability that a forward leaves out an adapter")
     init_adapter: str | None = option(
-        None, "adapter file or PEFT folder to start from; settles trunk and adapter unless given"
+        None, "adapter file or PEFT folder to start from; sets trunk and adapter too"
     )
     epochs: int = option(5, "passes through the training split")
-    batch_size: int = option(64, "images to a forward and backward, of all processes")
-    grad_accum: int = option(1, "batches to a step of the optimizer")
-    lr: float = option(1e-3, "learning rate of the first step; falls linearly to zero")
+    batch_size: int = option(64, "images in a forward and backward, over all processes")
+    grad_accum: int = option(1, "batches in a step of the optimizer")
+    lr: float = option(1e-3, "learning rate of the first step; it falls linearly to zero")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     amp: str = option("auto", "mixed precision", ("auto", "bf16", "fp16", "off"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    workers: int | None = option(None, "processes that decode images (default: one a core)")
-    cache: bool = option(False, "decode large images once too, and keep them on disk")
-    cache_dir: str | None = option(
-        None, "where decoded images are kept (default: cache/ beside --out)"
-    )
-    seed: int = option(0, "of everything that is random")
+    workers: int | None = option(None, "processes that decode images (default: one per core)")
+    cache: bool = option(False, "decode large images only once and keep them on disk")
+    cache_dir: str | None = option(None, "folder for decoded images (default: cache/ beside --out)")
+    seed: int = option(0, "seed of everything random")
     test: bool = option(False, "evaluate the best epoch on the test split too")
     out: str | None = option(
         None, "the run's folder (default: runs/<recipe>-<adapter>-<seed>-<time>)"
     )
-    resume: bool = option(False, "go on where the run in --out stopped; start it if there is none")
-    save_minutes: float = option(10.0, "within an epoch, what --resume needs is saved this often")
+    resume: bool = option(False, "continue the run in --out, or start it if there is none")
+    save_minutes: float = option(10.0, "minutes between two saves for --resume within an epoch")
 
     def __post_init__(self):
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
-        settings = dict(RECIPES[self.recipe])
-        last = begun(self)
-        then = last["config"] if last else {}
-        # A run that goes on does not read --init-adapter's file again, which may be gone: last.pt holds the
-        # settings that came from it.
-        if then.get("init_adapter"):
-            self.init_adapter = then["init_adapter"]
-            settings |= {key: then[key] for key in export.SETTLED}
-        elif self.init_adapter:
-            settings |= export.start_settings(self.init_adapter)
+        self.given = {f.name for f in fields(self) if getattr(self, f.name) is not None}
+        settings = RECIPES[self.recipe]
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is None:
-                value = settings.get(f.name, f.metadata.get("default"))
-            elif isinstance(value, Path):
-                value = str(value)
-            elif kind_of(f) is bool and not isinstance(value, bool):
-                raise ValueError(f"{flag(f.name)} {value!r}: expected True or False")
-            elif kind_of(f) in (int, float):  # NumPy's numbers too, which JSON does not take
-                try:
-                    value = operator.index(value) if kind_of(f) is int else float(value)
-                except (TypeError, ValueError):
-                    wanted = kind_of(f).__name__
-                    raise ValueError(f"{flag(f.name)} {value!r}: expected {wanted}") from None
-            setattr(self, f.name, value)
+            default = settings.get(f.name, f.metadata.get("default"))
+            setattr(self, f.name, default if value is None else converted(f, value))
 
 
-FOOD101 = {  # what its three recipes share
+def converted(f, value):
+    """A given value in the type of its field: NumPy's numbers too, which JSON refuses."""
+    kind = kind_of(f)
+    if isinstance(value, Path):
+        return str(value)
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"{flag(f.name)} {value!r}: expected True or False")
+    if kind in (int, float):
+        try:
+            return operator.index(value) if kind is int else float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{flag(f.name)} {value!r}: expected {kind.__name__}") from None
+    return value
+
+
+FOOD101 = {  # shared by its three recipes
     "dataset": "food101",
     "model": "vit_b_16",
     "weights": "in21k",
@@ -123,7 +120,7 @@ RECIPES = {
         "model": "vit_mini",
         "weights": "embedded",
         "min_crop": 0.7,
-        "flip": False,  # a mirrored digit is no digit
+        "flip": False,  # a mirrored digit is not a digit
         "adapter": "lora",
         "rank": 4,
         "alpha": 16.0,
@@ -147,7 +144,7 @@ RECIPES = {
     },
     "food101-lora": {
         **FOOD101,
-        # The guide trains on train[:5000] of Hugging Face's order: these seven classes of the 101.
+        # The guide trains on train[:5000] in Hugging Face's order: these seven of the 101 classes.
         "classes": "beignets,bruschetta,chicken_wings,hamburger,pork_chop,prime_rib,ramen",
         "limit": 5000,
         "holdout": 0.1,
@@ -158,15 +155,14 @@ RECIPES = {
     "food101-lokr": {**FOOD101, "adapter": "lokr", "module_dropout": 0.1},
 }
 
-# What another machine or a later session may change in a run that goes on. Its trunk, wherever the weights
-# lie, is compared by itself.
+# What a resumed run may change: it does not change what is learnt, or it is compared elsewhere (the trunk).
 FREE = (
     "recipe data_dir weights download device workers cache_dir test out resume save_minutes".split()
 )
 
 
 def check(config: Config) -> None:
-    """Raise ValueError in one line, with flag, value and what is allowed, for a config that can't work."""
+    """Raise ValueError in one line, with flag, value and what is allowed, for a value that cannot work."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
         if choices and value not in choices:
@@ -197,111 +193,49 @@ def check(config: Config) -> None:
         if not holds:
             name, allowed = rule.split(" ", 1)
             raise ValueError(f"{flag(name)} {getattr(config, name)}: expected {allowed}")
-    if config.weights not in vit.NAMES and not Path(config.weights).exists():
-        raise ValueError(
-            f"--weights {config.weights}: no such file, and no such name; expected "
-            f"{', '.join(vit.NAMES)} or a file"
-        )
-    if config.resume:
-        check_resume(config)
-    elif config.out and any(
-        (Path(config.out) / name).exists()
-        for name in ("config.json", "last.pt", checkpoint.ADAPTER_FILE)
-    ):
-        raise ValueError(taken(config.out))
-    path = Path(config.out or "runs").absolute()
-    above = next((folder for folder in (path, *path.parents) if folder.exists()), path)
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(
-            f"--out {config.out or 'runs'}: cannot be made, {above} is no folder that can be written; "
-            "name another"
-        )
 
 
-def check_sizes(config: Config, dataset: data.Dataset) -> None:
-    """As check, for what depends on the data set."""
-    batches = -(-len(dataset.train) // config.batch_size)
+def check_sizes(config: Config, images: int, has_test: bool) -> None:
+    """As check, for what depends on the data set: its training images, and whether it has a test split."""
+    batches = -(-images // config.batch_size)
     if config.grad_accum > batches:
         raise ValueError(
             f"--grad-accum {config.grad_accum}: expected at most {batches}, the batches of an epoch "
-            f"({len(dataset.train)} images, --batch-size {config.batch_size})"
+            f"({images} images, --batch-size {config.batch_size})"
         )
-    if config.test and dataset.test is None:
+    if config.test and not has_test:
         raise ValueError(f"--test: {config.dataset} has no test split, only train and validation")
 
 
-def check_rank(config: Config, model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if hasattr(module, "delta_weight") and config.rank > min(module.linear.weight.shape):
-            raise ValueError(
-                f"--rank {config.rank}: {name} is {tuple(module.linear.weight.shape)}; "
-                f"expected at most {min(module.linear.weight.shape)}"
-            )
-
-
-def begun(config: Config) -> dict | None:
-    """The content of the last.pt that --resume goes on from, its tensors left on the disk; None without."""
-    file = Path(config.out or "") / "last.pt"
-    going_on = config.resume and config.out and file.exists()
-    return checkpoint.read_resume(file, mmap=True) if going_on else None
-
-
-def check_resume(config: Config) -> None:
-    """Refuse to go on with another run than the one in --out, before minutes are spent on its data."""
-    if not config.out:
-        raise ValueError("--resume: expected --out as well, the folder of the run to go on with")
-    folder = Path(config.out)
-    if then := begun(config):
-        refuse_changes(config, then["config"])
-    elif (folder / checkpoint.ADAPTER_FILE).exists():  # it would be overwritten
-        raise ValueError(
-            f"--resume: {folder} holds an adapter but no last.pt to go on from; name another folder"
-        )
-    elif (folder / "config.json").exists() and not is_ours(folder / "config.json"):  # likewise
-        raise ValueError(
-            f"--resume: {folder / 'config.json'} is of no run of train.py; name another folder"
-        )
-
-
-def is_ours(file: Path) -> bool:
-    """Whether a config.json is a run's; also an empty one, which a kill at the start has left."""
-    text = file.read_text(encoding="utf-8", errors="replace").strip()
-    try:
-        return not text or {"recipe", "adapter"} <= set(json.loads(text))
-    except (ValueError, TypeError):
-        return False
-
-
-def refuse_changes(config: Config, then: dict) -> None:
-    """Raise ValueError that names the flags in which a run's config differs from the one it began with."""
+def refuse_changes(config: Config, previous: dict) -> None:
+    """Raise ValueError if a flag that changes what is learnt differs from the config that the run had."""
     now = asdict(config)
-    changed = [key for key in now if key not in FREE and key in then and then[key] != now[key]]
+    changed = [
+        key for key in now if key not in FREE and key in previous and previous[key] != now[key]
+    ]
     if changed:
-        list_them = "; ".join(f"{flag(key)} was {then[key]}, is now {now[key]}" for key in changed)
-        raise ValueError(f"--resume: {config.out}: {list_them}; give what was, or another --out")
+        listed = "; ".join(f"{flag(key)} was {previous[key]}, is now {now[key]}" for key in changed)
+        raise ValueError(
+            f"--resume: {config.out}: {listed}; give the old value, or another --out for a new run"
+        )
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def kind_of(option) -> type:
-    """The type of a field of Config: of int | None it is int."""
-    return (get_args(option.type) or (option.type,))[0]
-
-
-def named(weights: str) -> str:
-    """A name of weights as it is; a file with its whole path, so that it is found from anywhere."""
-    return weights if weights in vit.NAMES else str(Path(weights).absolute())
+def kind_of(f) -> type:
+    """The type of a field of Config; of int | None it is int."""
+    return (get_args(f.type) or (f.type,))[0]
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse's own prints the usage, 40 lines of it, and exits
+    def error(self, message):  # argparse itself would print the usage, 40 lines, and exit
         raise ValueError(f"{message}; see --help")
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The command line: a flag for each field of Config. Raises ValueError for one that is not."""
+    """The command line as a Config. Raises ValueError for an unknown flag or a wrong value."""
     parser = Parser(
         description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr."
     )
@@ -313,7 +247,3 @@ def parse(argv: list[str] | None = None) -> Config:
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         parser.add_argument(flag(f.name), default=f.default, help=text, **how)
     return Config(**vars(parser.parse_args(argv)))
-
-
-def taken(folder: str | Path) -> str:
-    return f"--out {folder}: holds a run already; go on with it (--resume), name another folder or remove it"

@@ -1,4 +1,4 @@
-"""What a run computes on: device, precision and memory, GPUs of one process, processes of torchrun."""
+"""Where a run computes: device, precision, memory; several GPUs of one process, processes of torchrun."""
 
 import ctypes
 import os
@@ -7,17 +7,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a name means; auto is a GPU if there is one. ValueError if it is not there."""
+    """The device of this name; auto is a GPU if there is one. Raises ValueError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         name = "mps" if name == "cpu" and torch.backends.mps.is_available() else name
@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_architecture(device: torch.device) -> None:
-    """Name a GPU that this torch has no kernels for, as Kaggle's P100; torch itself fails in the first."""
+    """Raise ValueError for a GPU that this torch has no kernels for, as Kaggle's P100."""
     built = torch.cuda.get_arch_list()
     alone = device.index is not None
     for index in [device.index] if alone else range(torch.cuda.device_count()):
@@ -41,14 +41,14 @@ def check_architecture(device: torch.device) -> None:
         if not torch.version.hip and not runs_on((major, minor), built):
             raise ValueError(
                 f"--device {device}: {torch.cuda.get_device_name(index)} is sm_{major}{minor}, and "
-                f"torch {torch.__version__} is built for {', '.join(built)} alone; on Kaggle choose "
-                "the accelerator GPU T4 x2; elsewhere an older torch, or --device cpu"
+                f"torch {torch.__version__} is built for {', '.join(built)}; on Kaggle choose the "
+                "accelerator GPU T4 x2; elsewhere install an older torch or use --device cpu"
             )
 
 
 def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
-    """Whether one of a build's architectures runs on a GPU: machine code (sm_) within its major version,
-    and what the driver compiles (compute_) on all later ones."""
+    """True if a GPU of this capability can run one of a build's architectures: machine code (sm_) runs within
+    its major version, code that the driver compiles (compute_) on all later ones too."""
     for name in built:
         if found := re.match(r"(sm|compute)_(\d+)(\d)", name):
             version = int(found[2]), int(found[3])
@@ -58,7 +58,8 @@ def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
 
 
 def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 where a GPU has it natively, float16 on older ones, else float32."""
+    """The type of mixed precision. auto: bfloat16 on a GPU that has it natively, float16 on older ones, else
+    float32, which means none."""
     if amp == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -68,8 +69,8 @@ def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
 
 
 class Autocast(nn.Module):
-    """The model in mixed precision. A module, so that it reaches the threads of DataParallel, which
-    know nothing of an autocast around them."""
+    """The model in mixed precision. It is a module because DataParallel's threads ignore an autocast around
+    them."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -81,19 +82,17 @@ class Autocast(nn.Module):
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Linux: memory that a tensor on the CPU has freed stays with the process, for the next one.
+    """On Linux and a CPU: let the process keep freed memory for the next tensor. Elsewhere: nothing.
 
-    For another device than the CPU nothing changes: there torch keeps the memory itself.
-
-    glibc's malloc takes more than 32 MB from the system each time and gives it back at once, so that a batch
-    of images or of activations always comes in fresh pages, which the system clears one by one. With this,
-    the process, and those that it forks, hold on to the most that they ever had, until they end.
+    glibc's malloc takes blocks of more than 32 MB from the system and gives them back at once. So each batch
+    of images or activations lies in new pages, which the system has to clear one by one. With this call, the
+    process and those that it forks keep the most memory that they ever had until they end.
     """
     if device.type != "cpu" or sys.platform != "linux":
         return
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # musl has none
-        mallopt(M_MMAP_MAX, 0)  # however large, it comes from the heap
-        mallopt(M_TRIM_THRESHOLD, -1)  # which never shrinks
+        mallopt(M_MMAP_MAX, 0)  # large blocks come from the heap too
+        mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -101,28 +100,49 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
-def rank() -> int:
-    """Which of torchrun's processes this is; without torchrun 0."""
+def memory_advice(config, error: Exception) -> str:
+    """The message of a run that is out of memory: what to try instead."""
+    batch = config.batch_size
+    parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # equal parts of a batch
+    smaller = f"--batch-size {batch // parts} --grad-accum {config.grad_accum * parts}, which learns the same"
+    precision = config.amp not in ("bf16", "fp16")
+    advice = [smaller] * (parts > 1) + ["--amp bf16, on older GPUs --amp fp16"] * precision
+    advice += [] if advice else ["a smaller --image-size, or fewer --targets"]
+    begun = config.out and (Path(config.out) / "config.json").exists()
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        f"out of memory with --batch-size {batch} ({reason[:200]}); try {'; or '.join(advice)}"
+        f"{'; in another --out' if begun else ''}"
+    )
+
+
+def many_gpus(device: torch.device) -> bool:
+    """True if this process has several GPUs and none was named: nn.DataParallel uses them all."""
+    return device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1
+
+
+def process() -> int:
+    """The number of this process among torchrun's; 0 without torchrun."""
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
-def world() -> int:
-    """How many processes torchrun has started, on all machines; without torchrun 1."""
+def processes() -> int:
+    """The number of processes that torchrun has started, on all machines; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def join(device: str) -> str:
-    """Under torchrun: meet the other processes, take a GPU of one's own. Returns the device to use.
+    """Under torchrun, connect to the other processes and take a GPU for this one. Returns the device to use.
 
     Raises ValueError if there is none for this process.
     """
-    if world() == 1:
+    if processes() == 1:
         return device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
         raise ValueError(
-            f"--device {device}: under torchrun expected auto, cpu or cuda, which is a GPU for each process"
+            f"--device {device}: under torchrun expected auto, cpu or cuda (cuda: a GPU for each process)"
         )
     if device == "cuda":
         index, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -133,62 +153,65 @@ def join(device: str) -> str:
             )
         device = f"cuda:{index}"
         torch.cuda.set_device(device)
-    # The first process of a machine may decode a large data set while the others wait: see in_turn.
+    # Hours: the first process of a machine may decode a large data set while the others wait (in_turn).
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=3))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    if process() > 0:
+        sys.stdout = open(os.devnull, "w")  # only the first process prints
     return device
+
+
+def leave() -> None:
+    """Under torchrun, end the connection to the other processes."""
+    if processes() > 1:
+        dist.destroy_process_group()
 
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """Under torchrun: the first process of each machine goes first, the others find what it fetched."""
+    """Under torchrun, let the first process of each machine run the block before the others.
+
+    They then find what it has downloaded or decoded.
+    """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if world() > 1 and not first:
+    if processes() > 1 and not first:
         dist.barrier()
     yield
-    if world() > 1 and first:
+    if processes() > 1 and first:
         dist.barrier()
 
 
 def gather(texts: list[str]) -> list[str]:
-    """The texts of all of torchrun's processes, each once."""
-    if world() == 1:
+    """The texts of all processes, without duplicates."""
+    if processes() == 1:
         return texts
-    found = [None] * world()
+    found = [None] * processes()
     dist.all_gather_object(found, texts)
     return list(dict.fromkeys(text for part in found for text in part))
 
 
-def meet_at(step: int, device: torch.device) -> None:
-    """Raise ValueError if torchrun's processes did not all read the same last.pt."""
-    if world() > 1:
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in place."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def check_same_step(step: int, device: torch.device) -> None:
+    """Raise ValueError if the processes resume at different steps: they have not read the same last.pt."""
+    if processes() > 1:
         ends = torch.tensor([step, -step], device=device)
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         if ends[0] != -ends[1]:
             raise ValueError("--resume: --out must be a folder that all machines share")
 
 
-def spread(forward: nn.Module, device: torch.device) -> nn.Module:
-    """The model on all that there is: torchrun's processes, or else the GPUs of this one."""
-    if world() > 1:
-        if device.type == "cuda":
-            return DistributedDataParallel(forward, device_ids=[device])
-        parallel = DistributedDataParallel(forward)
-        parallel.register_comm_hook(None, mean_in_order)
-        return parallel
-    return nn.DataParallel(forward) if many_gpus(device) else forward
-
-
 def mean_in_order(_, bucket) -> torch.futures.Future[torch.Tensor]:
-    """The mean of the processes' gradients in a bucket of DDP's, added in the order of their ranks. DDP's own
-    order depends on where a gradient lies in its bucket, which another start of the processes changes."""
-    parts = [torch.empty_like(bucket.buffer()) for _ in range(world())]
+    """A communication hook of DistributedDataParallel: the mean gradient, in the order of the processes.
+
+    DDP's own order depends on the place of a gradient in its bucket, which differs after a restart.
+    """
+    parts = [torch.empty_like(bucket.buffer()) for _ in range(processes())]
     dist.all_gather(parts, bucket.buffer())
     future = torch.futures.Future()
-    future.set_result(sum(parts) / world())
+    future.set_result(sum(parts) / processes())
     return future
-
-
-def many_gpus(device: torch.device) -> bool:
-    return device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1

@@ -1,4 +1,7 @@
-"""Files: written in one piece or not at all; tensors and JSON read, or refused in one line."""
+"""Files: written in one piece or not at all; tensors and JSON read, or refused in one line.
+
+This module imports nothing of the project.
+"""
 
 import json
 import os
@@ -15,7 +18,7 @@ from safetensors import safe_open
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of path once all is written, and never before."""
+    """A temporary path to write to. It replaces path when the block ends without an error, never before."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -27,8 +30,10 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def remove_temporaries(folder: Path, idle: float = 0) -> None:
-    """Remove what processes that were killed while they wrote have left in a folder. Where others may be
-    writing, idle: only what nobody has written to for so many seconds."""
+    """Remove the temporary files that killed processes have left in a folder.
+
+    idle: only those that nobody has written to for so many seconds; others may be writing in the folder.
+    """
     for temporary in folder.glob(".*.tmp"):
         with suppress(OSError):
             ours = re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", temporary.name)  # atomic's
@@ -42,7 +47,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file that holds an object. Raises ValueError for another one."""
+    """The object in a JSON file. Raises ValueError for any other content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -53,18 +58,17 @@ def read_json(path: Path) -> dict:
 
 
 def optional_json(path: Path) -> dict:
+    """As read_json; an empty dict if there is no such file."""
     return read_json(path) if path.is_file() else {}
 
 
-def read_tensors(path: Path) -> tuple[dict, dict]:
-    """The tensors of a .safetensors, .pth or .bin file and, from the first, its metadata.
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of a .safetensors, .pth or .bin file by name, and the metadata of a .safetensors file.
 
-    Nothing is unpickled but tensors. Raises FileNotFoundError, or ValueError for another kind of file.
+    Only tensors are unpickled. Raises FileNotFoundError, or ValueError for another kind of file.
     """
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; expected a .safetensors, .pth or .bin file, or a folder with one"
-        )
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -86,12 +90,12 @@ def read_tensors(path: Path) -> tuple[dict, dict]:
 
 
 def first_line(error: Exception) -> str:
-    """The type of an error and the first line of what it says: torch's run to many."""
+    """An error's type and the first line of its message: torch's messages have many lines."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def first_mismatch(expected: dict, found: dict) -> str | None:
-    """What is wrong with the first tensor that is missing, too many or of another shape; else None."""
+    """A message about the first tensor that is missing, unexpected or of another shape; None if all fit."""
     for key in [*expected, *found]:
         if key not in found:
             return f"{key}: expected shape {tuple(expected[key].shape)}, found no such tensor"

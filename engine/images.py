@@ -1,18 +1,11 @@
-"""Batches of images on the device, out of a data set that sources.py found.
+"""Crops of images, and a cache of decoded images.
 
-    dataset = load("tiny-imagenet")
-    keep(dataset.train, "runs/cache")
-    for images, labels in batches(dataset.train, 64, preprocessing, "cuda", train=True):
-        ...                            # float32 (64, 3, size, size), normalised, and int64 (64,)
+    keep(split, "runs/cache", cache=True)                # decode the files of a split into one file
+    Crops(split, preprocessing, 0.08, True)[row, draws]  # a random crop, uint8 (size, size, 3)
 
-There are two paths. Small images (all of one size, at most 96 pixels) are decoded once by keep and lie as
-uint8 in one file; a GPU is given those of a batch as they are, and crops, flips, resizes and normalises
-them. Other images are read one by one, in worker processes: decoded at the smallest scale that the crop
-needs, or, kept with cache=True, cut out of one file; the device normalises. Small images for a CPU go that
-way too, as there is no device to spare. In both, each image has a crop and a flip of its own, drawn in the
-main process: the same seed gives the same batches for any number of workers.
-
-A file that cannot be decoded is replaced by the next one of its split that can, with a warning.
+keep decodes small images (sides of at most 96 pixels) always, larger ones with cache=True. Crops cuts kept
+pixels, or a file decoded at the smallest scale that the crop needs. An image that cannot be read is replaced
+by the next readable one of its split, with a warning.
 """
 
 import hashlib
@@ -37,23 +30,18 @@ from tqdm import tqdm
 
 from engine.files import atomic, remove_temporaries
 
-SMALL = 96  # pixels: up to this side a data set is decoded once and kept
+SMALL = 96  # pixels: images with sides up to this are always kept
 ORIENTATION = 0x0112  # the EXIF tag
-
-
-def ignore_interrupts(worker: int) -> None:
-    """In a worker process: ctrl-C reaches it too, but the run wants its last batches before it stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass
 class Split:
-    """The images of one split, as files or as pixels, and their labels."""
+    """The images of one split, as files or pixels, and their labels."""
 
     labels: np.ndarray  # (N,) int64
     files: list[str] | None = None
-    pixels: np.ndarray | None = None  # (N, H, W, 3) uint8; or images.Kept, for images of many sizes
-    bad: dict[int, str] = field(default_factory=dict)  # rows that cannot be read, and why
+    pixels: np.ndarray | None = None  # (N, H, W, 3) uint8; or Kept, for images of many sizes
+    bad: dict[int, str] = field(default_factory=dict)  # unreadable row: reason
 
     def __post_init__(self):
         self.labels = np.asarray(self.labels, np.int64)  # NumPy 1's default on Windows has 32 bits
@@ -62,7 +50,7 @@ class Split:
         return len(self.labels)
 
     def rows(self, rows: np.ndarray) -> "Split":
-        """The split of these rows alone."""
+        """The split with only these rows."""
         return Split(
             self.labels[rows],
             None if self.files is None else [self.files[row] for row in rows],
@@ -72,8 +60,11 @@ class Split:
 
 
 class Crops(TorchDataset):
-    """A crop of an image for each (row, draws): five numbers in 0..1 for its area, ratio, horizontal
-    and vertical place and flip, or None for the centre. Runs in worker processes."""
+    """The crop of an image for each (row, draws). Runs in worker processes.
+
+    draws: five numbers in 0..1, for the crop's area, ratio, horizontal and vertical place and flip; None
+        for the centre.
+    """
 
     def __init__(
         self, split: Split, preprocessing: dict, min_crop: float = 1.0, flip: bool = False
@@ -92,9 +83,9 @@ class Crops(TorchDataset):
             return random_box(draws, height, width, self.min_crop), flip
         return centre_box(height, width, self.centre), flip
 
-    def __getitem__(self, wanted: tuple) -> torch.Tensor | tuple:
-        """uint8 (size, size, 3); or (row, draws, what is wrong with the file)."""
-        row, draws = wanted
+    def __getitem__(self, request: tuple) -> torch.Tensor | tuple:
+        """uint8 (size, size, 3); or (row, draws, reason) if the file cannot be read."""
+        row, draws = request
         if self.split.pixels is not None:
             pixels = self.split.pixels[row]
             box, flip = self.box(draws, *pixels.shape[:2])
@@ -102,14 +93,14 @@ class Crops(TorchDataset):
         try:
             with opened(self.split.files[row]) as image:
                 if image.format == "JPEG":
-                    # On its side, its width is its height.
+                    # The header has the width and height before a turn.
                     turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
                     width, height = image.size[::-1] if turned else image.size
                     box, flip = self.box(draws, height, width)
-                    # It decodes at 1/2, 1/4 or 1/8 for less: the smallest at which the crop has size.
+                    # A JPEG decodes faster at 1/2, 1/4 or 1/8: the smallest that leaves the crop its size.
                     sides = zip((width, height), box[2:], strict=True)
-                    need = [math.ceil(self.size * side / part) for side, part in sides]
-                    image.draft("RGB", need[::-1] if turned else need)
+                    least = [math.ceil(self.size * side / part) for side, part in sides]
+                    image.draft("RGB", least[::-1] if turned else least)
                     image = upright_rgb(image)
                 else:
                     image = upright_rgb(image)
@@ -117,7 +108,7 @@ class Crops(TorchDataset):
                     box, flip = self.box(draws, height, width)
         except ValueError as error:
             return row, draws, str(error)
-        if image.width != width:  # a box of whole pixels would be too coarse at a smaller scale
+        if image.width != width:  # at a smaller scale, a box of whole pixels is too coarse
             share = image.width / width
             left, top, wide, high = (side * share for side in box)
             right, bottom = min(left + wide, image.width), min(top + high, image.height)
@@ -128,9 +119,9 @@ class Crops(TorchDataset):
         pixels = np.array(image.crop((left, top, left + wide, top + high)))
         return resize_crop(pixels, (0, 0, wide, high), flip, self.size)
 
-    def readable(self, wanted: tuple) -> torch.Tensor:
-        """As __getitem__, with the next image that can be read in the place of one that cannot."""
-        item = self[wanted]
+    def readable(self, request: tuple) -> torch.Tensor:
+        """The crop, of the next readable image if this one cannot be read."""
+        item = self[request]
         while isinstance(item, tuple):
             row, draws, reason = item
             mark_bad(self.split, row, reason)
@@ -138,21 +129,21 @@ class Crops(TorchDataset):
         return item
 
     def collate(self, items: list) -> tuple[torch.Tensor, dict]:
-        """The batch, uint8 (B, size, size, 3), and by their places in it those that cannot be read."""
+        """The batch, uint8 (B, size, size, 3), and its unreadable images: {place: (row, draws, reason)}."""
         errors = {i: item for i, item in enumerate(items) if isinstance(item, tuple)}
         blank = torch.zeros(self.size, self.size, 3, dtype=torch.uint8)
         return torch.stack([blank if i in errors else x for i, x in enumerate(items)]), errors
 
     def mend(self, images: torch.Tensor, errors: dict) -> torch.Tensor:
-        """What collate returned, with other images in the places of those that cannot be read."""
+        """The batch, in which other images replace the unreadable ones. Arguments: what collate returns."""
         for i, (row, draws, reason) in errors.items():
             mark_bad(self.split, row, reason)
             images[i] = self.readable((stand_in(self.split, row), draws))
         return images
 
-    def on_device(self, wanted: list, device: torch.device) -> torch.Tensor:
-        """The same crops as __getitem__'s, of small images, resized and normalised on the device."""
-        rows, draws = zip(*wanted, strict=True)
+    def on_device(self, requests: list, device: torch.device) -> torch.Tensor:
+        """The crops of a batch of small images, float32 (B, 3, size, size), computed on the device."""
+        rows, draws = zip(*requests, strict=True)
         images = torch.from_numpy(self.split.pixels[list(rows)])  # (B, H, W, 3)
         boxes, flips = zip(*(self.box(d, *images.shape[1:3]) for d in draws), strict=True)
         boxes, flips = torch.tensor(boxes).T, torch.tensor(flips)
@@ -162,13 +153,13 @@ class Crops(TorchDataset):
         return resize(images, boxes.to(device), flips.to(device), self.size)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), of mean 0 and deviation 1, channels last in memory."""
+        """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), of mean 0 and deviation 1; memory: channels last."""
         scale, shift = (values.to(images.device) for values in (self.scale, self.shift))
         return (images * scale + shift).permute(0, 3, 1, 2)
 
     def on_cpu(self, images: Iterable[torch.Tensor], count: int) -> torch.Tensor:
-        """The same, each image at once while it is in the processor's cache, in rows of pixels and channels
-        together, and in one thread: for so little, more of them only wait for each other."""
+        """As normalise, for count images on the CPU: each while it is in the processor's cache, and by one
+        thread, as more threads would only wait for each other."""
         scale, shift = (values.repeat(self.size) for values in (self.scale, self.shift))
         batch = torch.empty(count, self.size, self.size * 3)
         threads = torch.get_num_threads()
@@ -182,10 +173,10 @@ class Crops(TorchDataset):
 
 
 def random_box(draws: list[float], height: int, width: int, min_crop: float) -> tuple:
-    """A random-resized-crop box: left, top, width, height in pixels.
+    """The box of a random crop: left, top, width, height in pixels.
 
-    The area is uniform in min_crop..1 of the image and width / height log-uniform in 3/4..4/3, as in
-    torchvision's RandomResizedCrop; a box that would stick out shrinks, where torchvision draws anew.
+    As in torchvision's RandomResizedCrop, the area is uniform in min_crop..1 of the image and width / height
+    is log-uniform in 3/4..4/3. A box larger than the image shrinks, where torchvision draws again.
     """
     area = height * width * (min_crop + (1 - min_crop) * draws[0])
     ratio = math.exp((2 * draws[1] - 1) * math.log(4 / 3))
@@ -197,13 +188,13 @@ def random_box(draws: list[float], height: int, width: int, min_crop: float) -> 
 
 
 def centre_box(height: int, width: int, share: float) -> tuple:
-    """The centred square whose side is this share of the shorter side: see random_box."""
+    """The box of the centred square whose side is this share of the image's shorter side."""
     side = share * min(height, width)
     return fit_box([(width - side) / 2, (height - side) / 2, side, side], width, height)
 
 
 def fit_box(box: list[float], width: int, height: int) -> tuple[int, int, int, int]:
-    """The box in whole pixels, at least one wide and high, inside the image."""
+    """The box in whole pixels, inside the image, at least one pixel wide and high."""
     wide, high = (
         min(max(round(side), 1), most) for side, most in zip(box[2:], (width, height), strict=True)
     )
@@ -211,7 +202,7 @@ def fit_box(box: list[float], width: int, height: int) -> tuple[int, int, int, i
 
 
 def resize_crop(pixels: np.ndarray, box: tuple, flip: bool, size: int) -> torch.Tensor:
-    """A crop of one image, uint8 (H, W, 3) -> (size, size, 3), with PIL's bilinear filter."""
+    """A resized crop of one image, uint8 (H, W, 3) -> (size, size, 3), with PIL's bilinear filter."""
     left, top, wide, high = box
     crop = torch.from_numpy(pixels[top : top + high, left : left + wide])[None]
     crop = (crop.flip(2) if flip else crop).permute(0, 3, 1, 2)  # channels last: twice as fast
@@ -220,10 +211,10 @@ def resize_crop(pixels: np.ndarray, box: tuple, flip: bool, size: int) -> torch.
 
 
 def resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int):
-    """Resize a box of its own in each image of a batch, (B, C, H, W) -> (B, C, size, size).
+    """Resized crops of a batch, each image with its own box: (B, C, H, W) -> (B, C, size, size).
 
-    A resize is linear: rows and columns are each multiplied by a matrix of weights, and to flip is to
-    reverse one of them. The weights are those of PIL's bilinear filter, which averages as it shrinks.
+    Resizing is linear: one matrix of weights multiplies the rows and one the columns, and reversing the
+    second one flips. The weights are those of PIL's bilinear filter, which averages where it shrinks.
     boxes: (4, B), left, top, width, height in pixels.
     """
     left, top, wide, high = boxes.to(images.dtype)
@@ -234,42 +225,41 @@ def resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size:
 
 
 def resize_matrix(start: torch.Tensor, length: torch.Tensor, pixels: int, size: int):
-    """Weights (B, size, pixels) with which each of size outputs averages the pixels of its box."""
-    step = (length / size)[:, None]  # (B, 1) input pixels to an output
+    """Weights (B, size, pixels): each of the size outputs is a weighted mean of the box's pixels."""
+    step = (length / size)[:, None]  # (B, 1) input pixels for one output
     centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step
     place = torch.arange(pixels, device=start.device) + 0.5
     weights = 1 - (place - centre[..., None]).abs() / step.clamp(min=1)[..., None]
-    inside = (place > start[:, None]) & (
-        place < (start + length)[:, None]
-    )  # a crop ends at its edge
+    end = (start + length)[:, None]
+    inside = (place > start[:, None]) & (place < end)  # pixels outside of the crop do not count
     weights = weights.clamp(min=0) * inside[:, None]
     return weights / weights.sum(-1, keepdim=True)
 
 
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
-    """An image file, open. Whatever goes wrong with it comes as a ValueError that names it."""
+    """An open image file. Any error while it is read becomes a ValueError with its name."""
     try:
         with Image.open(path) as image:
             yield image
-    except Exception as error:  # PIL meets broken files with errors of any type
+    except Exception as error:  # broken files make PIL raise errors of any type
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode an opened image, turned as its EXIF tag says, as RGB."""
+    """The decoded image as RGB, turned as its EXIF tag says."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # 0..65535, which convert would cut off at 255
+        # 0..65535; convert would make all values above 255 white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):  # of no known range
-        raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits a channel")
+    if image.mode in ("I", "F"):  # the range of their values is unknown
+        raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits per channel")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def stand_in(split: Split, row: int) -> int:
-    """The row itself, or the next one after it that can be read."""
+    """The row itself if it can be read, else the next row that can."""
     if len(split.bad) == len(split):
         raise ValueError(
             f"none of the {len(split)} images can be read: {next(iter(split.bad.values()))}"
@@ -280,7 +270,7 @@ def stand_in(split: Split, row: int) -> int:
 
 
 def mark_bad(split: Split, row: int, reason: str) -> None:
-    """Note that a row cannot be read and warn of it, once; ValueError if there are too many."""
+    """Record that a row cannot be read, and print a warning, once. ValueError if there are too many."""
     if row in split.bad:
         return
     split.bad[row] = reason
@@ -288,14 +278,14 @@ def mark_bad(split: Split, row: int, reason: str) -> None:
     if len(split.bad) >= 10 and len(split.bad) > len(split) / 100:
         files = ", ".join(split.files[row] for row in sorted(split.bad))
         raise ValueError(
-            f"{len(split.bad)} of {len(split)} images cannot be read, which is over 1 %; mend or remove "
+            f"{len(split.bad)} of {len(split)} images cannot be read, which is over 1 %; repair or remove "
             f"them: {files}"
         )
 
 
 class Kept:
-    """Decoded images of many sizes, one behind the other in one file: kept[row] is uint8 (H, W, 3), and
-    kept[rows] those images alone."""
+    """Decoded images of many sizes, stored one after the other. kept[row] is one image, uint8 (H, W, 3);
+    kept[rows], with an array of rows, is another Kept."""
 
     def __init__(
         self, source: Path | np.ndarray, sizes: np.ndarray, starts: np.ndarray | None = None
@@ -307,7 +297,7 @@ class Kept:
     def __getitem__(self, row):
         if isinstance(row, np.ndarray):
             return Kept(self.source, self.sizes[row], self.starts[row])
-        if self.bytes is None:  # each process opens the file itself
+        if self.bytes is None:  # each process opens the file for itself
             self.bytes = opened_bytes(self.source)
         start, (high, wide) = self.starts[row], self.sizes[row]
         return self.bytes[start : start + 3 * high * wide].reshape(high, wide, 3)
@@ -317,8 +307,8 @@ class Kept:
 
 
 def opened_bytes(source: Path | np.ndarray) -> np.ndarray:
-    # Mode c: torch wants arrays that may be written, and nothing that is written reaches the file.
-    # asarray: a slice of a plain array is quicker than one of a memmap.
+    # Mode c: torch needs writable arrays, and what is written must not reach the file.
+    # asarray: slices of a plain array are faster than those of a memmap.
     return np.asarray(np.memmap(source, np.uint8, "c")) if isinstance(source, Path) else source
 
 
@@ -330,15 +320,16 @@ def keep(
     workers: int | None = None,
     small: bool | None = None,
 ) -> None:
-    """Decode a split once and for all into a file in the folder, or find it there: small images always,
-    others if cache says so, resized so that evaluation's centre crop needs no more.
+    """Decode a split into one file in the folder, or reuse that file, and set split.pixels.
 
-    The file is known by the paths in the split, and made anew if the size or time of one has changed. If
-    it cannot be written, small images are kept in memory and others are decoded each time, with a warning.
+    Small images are always kept, larger ones only with cache, and resized as far as evaluation allows. The
+    file belongs to the paths in the split; it is written again if the size or time of an image has changed.
+    If it cannot be written, small images are kept in memory, larger ones are not, and a warning says so.
 
-    size: pixels of a side that the model wants; images are kept with a shorter side of 256 / 224 of it.
-    workers: processes that decode; None for one per usable core.
-    small: whether to take the images for small ones; None for what the first of them is.
+    size: side of the model's images in pixels; the shorter side of kept larger images is 256 / 224 of it.
+    workers: processes that decode; None means one per usable core.
+    small: whether the images are small; None judges by the first one.
+
     Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
     if split.pixels is not None:
@@ -352,14 +343,14 @@ def keep(
     source = Path(folder) / f"{whole.name()}.pixels"
     try:
         index = read_index(source, whole) or write_pixels(source, whole, workers)
-    except TooLarge:  # a photograph among icons
+    except TooLarge:  # for example a photograph among icons
         if cache:
             keep(split, folder, size, True, workers, small=False)
         return
     except OSError as error:
-        instead = "they are kept in memory" if small else "they are decoded in each epoch"
+        fallback = "they are kept in memory" if small else "they are decoded in each epoch"
         tqdm.write(
-            f"{source}: the images cannot be kept there ({error}); {instead}", file=sys.stderr
+            f"{source}: the images cannot be kept there ({error}); {fallback}", file=sys.stderr
         )
         if not small:
             return
@@ -376,26 +367,29 @@ def keep(
 
 
 class TooLarge(Exception):
-    """An image among small ones is not small."""
+    """One of the images that should be small is not."""
 
 
 class Whole(TorchDataset):
-    """The whole image of each file: its shorter side at most so many pixels, or, with side None, as it is
-    if it is small. Runs in worker processes."""
+    """The whole image of each file, its shorter side at most side pixels. Runs in worker processes.
+
+    side: None leaves images as they are, and raises TooLarge if one is not small.
+    blank: width and height of the black image that replaces an unreadable one.
+    """
 
     def __init__(self, files: list[str], side: int | None, blank: tuple[int, int]):
-        self.files, self.side, self.blank = files, side, blank  # width, height where one is bad
+        self.files, self.side, self.blank = files, side, blank
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, row: int) -> np.ndarray | str:
-        """uint8 (H, W, 3), or what is wrong with the file."""
+        """uint8 (H, W, 3), or the reason if the file cannot be read."""
         try:
             with opened(self.files[row]) as image:
                 large = self.side is None and max(image.size) > SMALL
                 if self.side:
-                    image.draft("RGB", (self.side, self.side))  # not below it
+                    image.draft("RGB", (self.side, self.side))  # no smaller than side
                 image = image if large else upright_rgb(image)
         except ValueError as error:
             return str(error)
@@ -408,7 +402,7 @@ class Whole(TorchDataset):
         return np.array(image)
 
     def collate(self, images: list) -> tuple[np.ndarray, list, list]:
-        """All bytes in a row, the (H, W) of each image, and what is wrong with each (or None)."""
+        """The bytes of all images, the (H, W) of each, and the reason for each unreadable one (or None)."""
         errors = [image if isinstance(image, str) else None for image in images]
         blank = np.zeros((*self.blank[::-1], 3), np.uint8)
         images = [blank if error else image for image, error in zip(images, errors, strict=True)]
@@ -416,8 +410,9 @@ class Whole(TorchDataset):
         return torch.from_numpy(flat), [image.shape[:2] for image in images], errors
 
     def decode(self, workers: int | None, write) -> dict:
-        """Decode all, write the bytes, and return the index: sizes, and bad, the reason for each row."""
-        few = len(self) < 1000  # read before a process has started
+        """Decode all images, pass their bytes to write, and return {"sizes": (H, W) of each image, "bad":
+        {unreadable row: reason}}."""
+        few = len(self) < 1000  # decoded before a worker process would have started
         loader = DataLoader(
             self,
             batch_size=64,
@@ -433,12 +428,12 @@ class Whole(TorchDataset):
         return {"sizes": sizes, "bad": {str(row): e for row, e in enumerate(errors) if e}}
 
     def name(self) -> str:
-        """Of the file for these paths and this side."""
+        """The name of the file for these paths and this side."""
         text = "\n".join([str(self.side), *map(os.path.abspath, self.files)])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def identity(self) -> str:
-        """Of what lies at the paths now: the size and time of each file."""
+        """A hash of the files' sizes and times: it changes with their content."""
         digest = hashlib.sha256()
         for file in self.files:
             try:
@@ -450,7 +445,7 @@ class Whole(TorchDataset):
 
 
 def read_index(path: Path, whole: Whole) -> dict | None:
-    """The index of a file of pixels, if it is there, whole, and of the images as they are now."""
+    """The index of a file of pixels; None if the file is missing, broken or older than the images."""
     try:
         index = json.loads(path.with_suffix(".json").read_text())
         fits = path.stat().st_size == sum(3 * high * wide for high, wide in index["sizes"])
@@ -461,16 +456,16 @@ def read_index(path: Path, whole: Whole) -> dict | None:
 
 
 def write_pixels(path: Path, whole: Whole, workers: int | None) -> dict:
-    """Decode the images into a file with its index beside it, each in one piece; return the index.
+    """Decode the images into a file, write its index beside it, and return the index.
 
-    Raises OSError, with nothing left behind, if they have no room or the folder cannot be written.
+    Raises OSError if the disk is too full or the folder cannot be written; then no file is left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(path.parent, idle=3600)
     identity, needed = whole.identity(), expected_bytes(whole)
     print(f"{len(whole):,} images are decoded into {path}: {needed / 1e9:.2f} GB", flush=True)
     if needed > (free := shutil.disk_usage(path.parent).free):
-        raise OSError(f"{needed / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB are free")
+        raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB are free")
     with atomic(path) as temporary, open(temporary, "wb") as file:
         index = {"identity": identity, **whole.decode(workers, file.write)}
     with atomic(path.with_suffix(".json")) as temporary:
@@ -479,7 +474,7 @@ def write_pixels(path: Path, whole: Whole, workers: int | None) -> dict:
 
 
 def expected_bytes(whole: Whole) -> int:
-    """What the decoded images will take, by the headers of a hundred of them."""
+    """The size of all decoded images, estimated from the headers of about a hundred."""
     total, rows = 0, range(0, len(whole), -(-len(whole) // 100))
     for row in rows:
         try:
@@ -492,7 +487,7 @@ def expected_bytes(whole: Whole) -> int:
 
 
 def first_size(files: list[str]) -> tuple[int, int]:
-    """Width and height of the first of the files that can be opened."""
+    """Width and height of the first readable file."""
     for file in files:
         try:
             with opened(file) as image:
@@ -502,18 +497,23 @@ def first_size(files: list[str]) -> tuple[int, int]:
     raise ValueError(f"none of the {len(files)} images can be read: {reason}")
 
 
-def progress(iterable=None, **how) -> tqdm:
-    """A bar for somebody who watches, in a terminal or a notebook; a log file gets none."""
+def progress(iterable=None, **settings) -> tqdm:
+    """A progress bar, shown in a terminal or a notebook but not in a log file."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    watched = watched and os.environ.get("RANK", "0") == "0"  # one of torchrun's processes
-    return tqdm(iterable, leave=False, disable=not watched, **how)
+    watched = watched and os.environ.get("RANK", "0") == "0"  # only torchrun's first process
+    return tqdm(iterable, leave=False, disable=not watched, **settings)
 
 
 def usable(workers: int | None) -> int:
-    """The number of worker processes: as asked, else one per core that this process may use."""
+    """The number of worker processes; None means one per core that this process may use, at most 8."""
     if workers is not None:
         return workers
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux: knows of taskset and containers
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: it respects taskset and containers
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
     return min(8, max(1, cores // sharing))
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Make a worker process ignore ctrl-C, because the run needs a few more batches before it stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,5 +1,4 @@
-"""The pictures that a run leaves, learning curves, predictions on validation images and confused classes;
-and that of a comparison of many."""
+"""The pictures of a run (learning curves, predictions, confused classes) and of a comparison of runs."""
 
 import csv
 import math
@@ -8,13 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import (
-    Figure,  # no pyplot: it would pick a display and keep every figure open
-)
+from matplotlib.figure import Figure  # pyplot would pick a display and keep every figure open
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart without colour vision too (Okabe and Ito)
+BLUE, ORANGE = "#0072B2", "#D55E00"  # they differ without colour vision too (Okabe and Ito)
 NAMES = {
     "head": "linear probe",
     "lora": "LoRA",
@@ -23,12 +20,12 @@ NAMES = {
     "full": "full fine-tuning",
 }
 LINES = {"lora": (BLUE, "o"), "loha": (ORANGE, "s"), "lokr": ("#009E73", "^")}
-MATRIX = 12  # classes: up to so many, their confusion is a matrix that can be read
-PAIRS = 15  # shown of more classes
+MATRIX = 12  # with more classes, the matrix of confusions would be too small to read
+PAIRS = 15  # of confused classes, which are shown instead
 
 
 def plot_curves(metrics: Path, path: Path, title: str) -> None:
-    """Loss and validation accuracy against epochs, out of a run's metrics.csv."""
+    """Draw loss and validation accuracy against epochs, from a run's metrics.csv."""
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
 
@@ -64,7 +61,7 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
 
 
 def colours(images: torch.Tensor, preprocessing: dict) -> torch.Tensor:
-    """Images (N, 3, H, W) as the model has them, back in 0..1."""
+    """A model's input (N, 3, H, W) as colours in 0..1: normalisation undone."""
     mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     return images * std + mean
 
@@ -78,14 +75,14 @@ def plot_predictions(
     title: str,
     notes: list[str] | None = None,
 ) -> None:
-    """Images (N, 3, H, W) in 0..1 with the predicted class; where it is wrong, the true one too.
+    """Draw images (N, 3, H, W) in 0..1 with the predicted class and, if that is wrong, the true one.
 
-    labels: (N,) the true classes, None if nobody knows them.
-    notes: a line more for each image, such as the name of its file.
+    labels: (N,) the true classes; None if they are not known.
+    notes: one more line for each image, such as its file name.
     """
     columns = min(8, len(images))
     rows = math.ceil(len(images) / columns)
-    width = max(1.35 * columns, 4)  # inches; a narrower figure would cut its title off
+    width = max(1.35 * columns, 4)  # inches; a narrower figure would cut off its title
     figure = Figure(figsize=(width, 1.6 * rows + 0.4), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     probabilities = logits.softmax(-1)
@@ -112,25 +109,25 @@ def plot_predictions(
 
 
 def plot_confusion(counts: torch.Tensor, classes: list[str], path: Path, title: str) -> None:
-    """Which classes are taken for which; counts[i, j]: how many images of class i are said to be j.
+    """Draw which classes are confused. counts[i, j]: number of images of class i predicted as class j.
 
-    The whole matrix of up to MATRIX classes, the PAIRS most confused pairs of more. Classes that no image
-    has and none is said to be are left out.
+    Up to MATRIX classes give the whole matrix, more give the PAIRS most confused pairs. Classes that are
+    neither true nor predicted for any image are left out.
     """
-    met = (counts.sum(0) + counts.sum(1)).nonzero().flatten()
-    counts, names = counts[met][:, met], [classes[i] for i in met]
+    present = (counts.sum(0) + counts.sum(1)).nonzero().flatten()
+    counts, names = counts[present][:, present], [classes[i] for i in present]
     figure = plot_matrix(counts, names) if len(names) <= MATRIX else plot_pairs(counts, names)
     entitle(figure, title)
     figure.savefig(path, dpi=150)
 
 
 def plot_matrix(counts: torch.Tensor, names: list[str]) -> Figure:
-    """Each row a true class, in shares of its images; a row without images is blank."""
+    """The matrix of confusions; each row has the shares of one true class, or is blank without images."""
     shares = 100 * counts / counts.sum(1, keepdim=True)
     size = 0.5 * len(names)
     figure = Figure(figsize=(max(size + 2.2, 4), max(size + 1.4, 3)), layout="constrained")
     axes = figure.subplots()
-    # The few percent that are the news would all be dark on a linear scale.
+    # On a linear scale, the few percent that matter would all be dark.
     shown = axes.imshow(shares.numpy(), cmap="cividis", norm=PowerNorm(0.4, 0, 100))
     for i, row in enumerate(shares.tolist()):
         for j, share in enumerate(row):
@@ -154,15 +151,15 @@ def plot_matrix(counts: torch.Tensor, names: list[str]) -> Figure:
 
 
 def plot_pairs(counts: torch.Tensor, names: list[str]) -> Figure:
-    """The most confused pairs as bars, as many as images are taken for the other class."""
-    of, wrong = counts.sum(1).tolist(), counts.clone().fill_diagonal_(0)
+    """The most confused pairs of classes; the length of a bar is the number of confused images."""
+    totals, wrong = counts.sum(1).tolist(), counts.clone().fill_diagonal_(0)
     pairs = [(wrong[i, j].item(), i, j) for i, j in wrong.nonzero().tolist()]
-    pairs = sorted(pairs, key=lambda pair: (-pair[0], of[pair[1]]))[:PAIRS]
+    pairs = sorted(pairs, key=lambda pair: (-pair[0], totals[pair[1]]))[:PAIRS]
     figure = Figure(figsize=(8, 0.27 * max(len(pairs), 3) + 1.2), layout="constrained")
     axes = figure.subplots()
     labels = [f"{shorten(names[i], 24)} → {shorten(names[j], 24)}" for _, i, j in pairs]
     bars = axes.barh(range(len(pairs)), [n for n, _, _ in pairs], color=ORANGE)
-    notes = [f"{n} of {of[i]}, {100 * n / of[i]:.0f} %" for n, i, _ in pairs]
+    notes = [f"{n} of {totals[i]}, {100 * n / totals[i]:.0f} %" for n, i, _ in pairs]
     axes.bar_label(bars, notes, padding=4, fontsize=8)
     axes.set_yticks(range(len(pairs)), labels, fontsize=8)
     for text in axes.get_yticklabels():
@@ -170,29 +167,27 @@ def plot_pairs(counts: torch.Tensor, names: list[str]) -> Figure:
     axes.set_ylim(max(len(pairs), 3) - 0.5, -0.5)
     axes.margins(x=0.3)  # for the notes
     axes.set_xticks([])
-    axes.set_title(
-        "true → predicted" if pairs else "all images are said to be what they are", size=9
-    )
+    axes.set_title("true → predicted" if pairs else "no confusions", size=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return figure
 
 
 def entitle(figure: Figure, title: str, size: float = 10) -> None:
-    """The figure's title, in letters that are small enough to fit in."""
+    """Set the figure's title, in letters small enough to fit."""
     text = figure.suptitle(printable(title), fontsize=size, parse_math=False)
     text.set_fontsize(size * min(1, 0.95 * figure.bbox.width / text.get_window_extent().width))
 
 
 def check_figure(path: Path, flag: str) -> None:
-    """Raise ValueError for a picture that could not be written, before the work is done."""
-    known = Figure().canvas.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
+    """Raise ValueError if the picture cannot be written, before the work is done."""
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
         raise ValueError(
-            f"{flag} {path}: expected a name that ends in .{', .'.join(sorted(known))}"
+            f"{flag} {path}: expected a name that ends in .{', .'.join(sorted(formats))}"
         )
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"{flag} {path}: {path.parent} is no folder; make it first")
+        raise ValueError(f"{flag} {path}: {path.parent} is not a folder; make it first")
 
 
 def shorten(name: str, length: int = 13) -> str:
@@ -201,28 +196,28 @@ def shorten(name: str, length: int = 13) -> str:
 
 
 def printable(text: str) -> str:
-    """With ? for what a file's name may have, bytes that are no UTF-8: matplotlib fails at them."""
+    """The text with ? for bytes of a file name that are not UTF-8: matplotlib fails at them."""
     return text.encode("utf-8", "replace").decode()
 
 
 def plot_comparison(
-    rows: list[dict], beside: list[dict], split: str, path: Path, title: str
+    rows: list[dict], dropouts: list[dict], split: str, path: Path, title: str
 ) -> None:
-    """Accuracy against trainable parameters; if there are rows beside, against the adapters' dropout too.
+    """Draw accuracy against trainable parameters (rows), and against dropout if there are dropouts.
 
-    rows: dicts of method, rank, dropout, trainable and, under split, (mean, std) of the accuracy, 0..1;
-        std is None where there is one run only.
+    rows, dropouts: dicts with method, rank, dropout, trainable and, under split, (mean, std) of the accuracy
+        in 0..1; std is None for a single run.
     split: "test" or "val".
     """
-    figure = Figure(figsize=(9.6 if beside else 7, 4.4), layout="constrained")
-    ratios = {"width_ratios": [1.7, 1]} if beside else {}
-    left, *right = figure.subplots(1, 1 + bool(beside), squeeze=False, **ratios)[0]
+    figure = Figure(figsize=(9.6 if dropouts else 7, 4.4), layout="constrained")
+    ratios = {"width_ratios": [1.7, 1]} if dropouts else {}
+    left, *right = figure.subplots(1, 1 + bool(dropouts), squeeze=False, **ratios)[0]
     for method in LINES:
         points = sorted((r for r in rows if r["method"] == method), key=lambda r: r["trainable"])
         plot_means(left, method, points, [r["trainable"] for r in points], split)
         side = (
             1 if method == "lora" else -1
-        )  # of its line: above it, or where a rising one leaves room
+        )  # labels above the line and left of points, or opposite
         for row in points:
             left.annotate(
                 row["rank"],
@@ -236,24 +231,24 @@ def plot_comparison(
                 path_effects=[withStroke(linewidth=2, foreground="white")],  # over lines and bands
             )
     bands = sorted((r for r in rows if r["method"] not in LINES), key=lambda r: r[split][0])
-    for row, style, at in zip(bands, (":", "--"), ("top", "bottom"), strict=False):
+    for row, style, alignment in zip(bands, (":", "--"), ("top", "bottom"), strict=False):
         mean, std = (100 * (part or 0) for part in row[split])
         left.axhspan(mean - std, mean + std, color="black", alpha=0.12, linewidth=0)
         left.axhline(mean, color="black", linestyle=style, linewidth=1)
-        place = {"xycoords": left.get_yaxis_transform(), "va": at, "fontsize": 8}
+        place = {"xycoords": left.get_yaxis_transform(), "va": alignment, "fontsize": 8}
         left.annotate(NAMES[row["method"]], (1.01, mean), annotation_clip=False, **place)
     left.set(xscale="log", xlabel="trainable parameters (at the points: rank)")
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter(EngFormatter(sep=""))
     left.xaxis.set_minor_formatter(NullFormatter())
     for axes in right:
-        values = sorted({row["dropout"] for row in beside})
+        values = sorted({row["dropout"] for row in dropouts})
         for i, method in enumerate(LINES):
-            points = [row for row in beside if row["method"] == method]
-            apart = 0.012 * (i - 1) * (values[-1] - values[0])  # error bars side by side
-            plot_means(axes, method, points, [row["dropout"] + apart for row in points], split)
+            points = [row for row in dropouts if row["method"] == method]
+            shift = 0.012 * (i - 1) * (values[-1] - values[0])  # error bars side by side
+            plot_means(axes, method, points, [row["dropout"] + shift for row in points], split)
         axes.set_xticks(values, [f"{value:g}" for value in values])
-        axes.set_xlabel(f"dropout of the adapters, rank {beside[0]['rank']}")
+        axes.set_xlabel(f"dropout of the adapters, rank {dropouts[0]['rank']}")
     for axes in (left, *right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -266,7 +261,7 @@ def plot_comparison(
 
 
 def plot_means(axes, method: str, rows: list[dict], places: list[float], split: str) -> None:
-    """The line of a method, with error bars where there is a standard deviation."""
+    """Draw the line of a method, with error bars if every point has a standard deviation."""
     if rows:
         means, stds = zip(*(row[split] for row in rows), strict=True)
         stds = None if None in stds else [100 * std for std in stds]

@@ -1,7 +1,7 @@
-"""What a comparison comes to: comparison.csv, with a row for each run, comparison.md and comparison.png.
+"""The results of a comparison: comparison.csv with a row for each run, comparison.md and comparison.png.
 
-A row is a dict of COLUMNS; runs of one method, rank and dropout, which differ in learning rate or seed only,
-belong together (variant). Accuracies are fractions, 0..1; in comparison.md they are percent.
+A row is a dict with the keys COLUMNS. A variant is a method with its rank and dropout; its runs differ in
+learning rate or seed. Accuracies are fractions, 0..1; comparison.md has percent.
 """
 
 import csv
@@ -32,12 +32,11 @@ COLUMNS = """run method rank dropout lr seed trial final val_accuracy val_loss b
 
 
 def kept(config: Config, classes: int) -> int | None:
-    """Bytes that autograd keeps for the backward of one batch: see saved_bytes. None if the memory does not
-    suffice."""
+    """Bytes that autograd keeps for the backward pass of one batch; None if the memory is too small."""
     c, device = config, pick_device(config.device)
     model, preprocessing = vit.build(c.model, c.weights, classes, c.image_size, c.head_dropout)
     arguments = {key: getattr(c, key) for key in ADAPT}
-    # without module_dropout: no adapter sits this batch out
+    # No module_dropout: every adapter takes part in this batch.
     adapt(model, dropout=c.adapter_dropout, **arguments)
     model = Autocast(model.to(device).train(), device, pick_dtype(c.amp, device))
     images = torch.randn(c.batch_size, 3, *[preprocessing["image_size"]] * 2, device=device)
@@ -51,7 +50,7 @@ def kept(config: Config, classes: int) -> int | None:
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the storages that autograd saves in a forward, those of the model's parameters left out."""
+    """Bytes of the storages that autograd saves in a forward pass, without the model's parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages = {}
 
@@ -63,16 +62,17 @@ def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         y = forward()
-    del y  # until here no storage could take another's place
+    del y  # until here, every storage is alive and has its own address
     return sum(storages.values())
 
 
 def variant(row: dict) -> tuple:
+    """(method, rank, dropout) of a row."""
     return row["method"], row["rank"], row["dropout"]
 
 
 def read(table: Path) -> list[dict]:
-    """The rows of a comparison.csv; rank, dropout and seed as numbers. Raises ValueError for another file."""
+    """The rows of a comparison.csv, with rank, dropout and seed as numbers. ValueError for any other file."""
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
@@ -81,52 +81,58 @@ def read(table: Path) -> list[dict]:
             row["seed"] = int(row["seed"])
         return rows
     except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{table}: is no table of compare.py's; name another --out") from None
+        raise ValueError(f"{table}: not a table of compare.py; choose another --out") from None
 
 
 def write(
-    out: Path, rows: list[dict], main: list, beside: list, config: Config, d: data.Dataset, how: str
+    out: Path,
+    rows: list[dict],
+    main: list,
+    dropouts: list,
+    config: Config,
+    dataset: data.Dataset,
+    budget: str,
 ) -> None:
-    """Write the three files, each in one piece.
+    """Write the three files; each is replaced only when its successor is complete.
 
-    main, beside: the variants of the table, and those that show the effect of dropout.
-    how: how the learning rates were chosen, and the command.
+    main, dropouts: the variants in the main table, and those in the table of dropout.
+    budget: sentences that say how the learning rates were chosen, and the command.
     """
     with atomic(out / "comparison.csv") as temporary:
         with open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(rows)
-    main, beside = ([summary(v, rows) for v in variants] for variants in (main, beside))
-    parts = ["# Comparison", conditions(rows, config, d, how), main_table(main)]
-    if beside:
-        parts += ["## Dropout of the adapters", dropout_table(beside)]
+    main, dropouts = ([summary(v, rows) for v in variants] for variants in (main, dropouts))
+    parts = ["# Comparison", conditions(rows, config, dataset, budget), main_table(main)]
+    if dropouts:
+        parts += ["## Dropout of the adapters", dropout_table(dropouts)]
     parts += ["## The learning rates that were tried, with seed 0", lr_table(rows)]
     with atomic(out / "comparison.md") as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    split = "test" if d.test else "val"
-    title = f"{config.dataset}: {len(d.train):,} training images, {config.model}"
+    split = "test" if dataset.test else "val"
+    title = f"{config.dataset}: {len(dataset.train):,} training images, {config.model}"
     with atomic(out / "comparison.png") as temporary:
-        pictures.plot_comparison(main, beside, split, temporary, title)
+        pictures.plot_comparison(main, dropouts, split, temporary, title)
 
 
-def summary(of: tuple, rows: list[dict]) -> dict:
-    """What the final runs of a variant came to, over their seeds."""
-    rows = [row for row in rows if variant(row) == of]
+def summary(which: tuple, rows: list[dict]) -> dict:
+    """The results of a variant's final runs, over their seeds."""
+    rows = [row for row in rows if variant(row) == which]
     final = [row for row in rows if "final" in row]
     tried = [row["lr"] for row in rows if "trial" in row]
-    same = "method rank dropout lr trainable adapter_bytes kept_bytes".split()
-    found = {key: final[0][key] for key in same}
-    found["edge"] = bool(tried) and found["lr"] in (min(tried), max(tried))
-    found["speed"] = statistics.mean(row["images_per_second"] for row in final)
+    shared = "method rank dropout lr trainable adapter_bytes kept_bytes".split()
+    result = {key: final[0][key] for key in shared}
+    result["edge"] = bool(tried) and result["lr"] in (min(tried), max(tried))
+    result["speed"] = statistics.mean(row["images_per_second"] for row in final)
     for split in ("val", "test"):
         values = [row[f"{split}_accuracy"] for row in final if f"{split}_accuracy" in row]
-        found[split] = mean_std(values) if values else None
-    return found
+        result[split] = mean_std(values) if values else None
+    return result
 
 
 def mean_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, which one value does not have."""
+    """Mean and sample standard deviation; None instead of the latter for a single value."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -149,7 +155,9 @@ def main_table(summaries: list[dict]) -> str:
     ]
     table = markdown(f"{titles}, images/s, kept (MiB)", lines)
     if any(s["edge"] for s in summaries):
-        table += "\n\n\\* The best of those tried lies at their edge: a better one may lie beyond."
+        table += (
+            "\n\n\\* The smallest or largest rate tried was the best: a better one may lie beyond."
+        )
     return table
 
 
@@ -186,10 +194,10 @@ def markdown(titles: str, lines: Iterable[tuple]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def conditions(rows: list[dict], config: Config, d: data.Dataset, how: str) -> str:
-    """What the figures hold for, in words."""
+def conditions(rows: list[dict], config: Config, dataset: data.Dataset, budget: str) -> str:
+    """Sentences that say how the figures were measured."""
     c = config
-    splits = {"training": d.train, "validation": d.val, "test": d.test}
+    splits = {"training": dataset.train, "validation": dataset.val, "test": dataset.test}
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items() if split)
     forwards = f" x {c.grad_accum}" if c.grad_accum > 1 else ""
     tried = {}
@@ -200,44 +208,44 @@ def conditions(rows: list[dict], config: Config, d: data.Dataset, how: str) -> s
     spread = ", mean ± sample standard deviation" if len(seeds) > 1 else ""
     tested = (
         "The test split was evaluated once for each final run, after all learning rates were chosen."
-        if d.test
-        else "There is no test split: the learning rates were chosen on the images that the figures are of."
+        if dataset.test
+        else "There is no test split: the learning rates were chosen on the validation images."
     )
     return (
-        f"{c.dataset}: {counts} images of {len(d.classes)} classes. Trunk {c.model}, weights "
+        f"{c.dataset}: {counts} images of {len(dataset.classes)} classes. Trunk {c.model}, weights "
         f"{Path(c.weights).name}; epochs: {c.epochs}, batch {c.batch_size}{forwards}, alpha {c.alpha:g} at "
-        f"every rank, dropout of the adapters {c.adapter_dropout:g}, all else as in the recipe `{c.recipe}` "
-        f"and the command. Of a run the epoch with the best validation accuracy counts. {how} "
+        f"every rank, dropout of the adapters {c.adapter_dropout:g}; everything else as in the recipe "
+        f"`{c.recipe}` and the command. Each run counts with its best epoch by validation accuracy. {budget} "
         f"Learning rates tried: {tried}. {tested} Seeds {', '.join(map(str, seeds))}{spread}. "
-        "images/s is of the last epoch of training; kept is what autograd keeps for the backward of one "
-        f"batch, parameters left out. {machine(c)} One trunk, one data set and one recipe"
-        f"{', all of them small' if c.dataset == 'demo' else ''}: read it as what the methods do here, not "
-        "as a ranking of them."
+        "images/s was measured in the last epoch of training; kept is the memory that autograd keeps for the "
+        f"backward pass of one batch, without parameters. {machine(c)} One trunk, one data set and one recipe"
+        f"{', all of them small' if c.dataset == 'demo' else ''}: the table shows what the methods do here; "
+        "it does not rank them."
     )
 
 
 def machine(config: Config) -> str:
-    """What the runs ran on, and with which versions."""
+    """One sentence with the hardware and the versions."""
     device, name = pick_device(config.device), platform.processor() or platform.machine()
-    with suppress(OSError):  # Linux alone has it
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        name = found[1].strip() if found else name
+    with suppress(OSError):  # only Linux has this file
+        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        name = match[1].strip() if match else name
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {name}"
     dtype = str(pick_dtype(config.amp, device))[6:]
     return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, which runs at once share, "
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads shared by parallel runs, "
         f"{device}, {dtype}, Python {platform.python_version()}, torch {torch.__version__}, torchvision "
         f"{torchvision.__version__}{commit()}."
     )
 
 
 def commit() -> str:
-    """What git calls this state of the files, with a comma before; nothing outside of a clone."""
-    with suppress(OSError):  # no git
+    """The text ", commit X", with git's name for the present files; empty outside of a clone."""
+    with suppress(OSError):  # git is not installed
         command = ["git", "describe", "--always", "--dirty"]
-        said = subprocess.run(
+        process = subprocess.run(
             command, cwd=Path(__file__).parent.parent, capture_output=True, text=True
         )
-        return f", commit {said.stdout.strip()}" if said.returncode == 0 else ""
+        return f", commit {process.stdout.strip()}" if process.returncode == 0 else ""
     return ""

@@ -1,20 +1,28 @@
-"""What a run leaves in its folder, and how it goes on from there: metrics.csv and TensorBoard's events,
-last.pt and the adapter file, pictures; and signals, which ask it to stop."""
+"""A training run: its folder, its log, how far it has come, and how it stops and resumes.
+
+It does not know what is trained. A training script brings the model, and the tags of its figures; with
+
+    with run.training(optimizer, scaler, steps_per_epoch, columns):
+        ...                      # run.step += 1, run.after_step(), run.log.write(...), run.save()
+
+the folder is locked, signals are obeyed between two steps, and the run resumes where last.pt stands.
+"""
 
 import csv
 import itertools
 import json
 import math
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,11 +33,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-import data
-from engine import checkpoint, pictures
-from engine.adapt import ADAPTERS, relative_norms
-from engine.config import Config, begun, taken
-from engine.devices import gather, meet_at, rank, world
+from engine import checkpoint
+from engine.devices import check_same_step, process, processes
 from engine.files import atomic, remove_temporaries
 
 try:
@@ -38,204 +43,375 @@ except ImportError:  # Windows
     fcntl = None
 
 
-def muted(show: Callable) -> Callable:
-    """threading's excepthook without TensorBoard's thread, whose errors come again where save_events meets
-    them, and are one line there."""
-
-    def hook(args) -> None:
-        if not type(args.thread).__module__.startswith("tensorboard."):
-            show(args)
-
-    return hook
-
-
-threading.excepthook = muted(threading.excepthook)
-
-
 @dataclass
 class Run:
-    """What prepare made ready and fit trains."""
+    """What a training script has prepared, and how far the training has come.
 
-    config: Config
-    dataset: data.Dataset
+    After a resume, step, epoch, best, best_tensors, extra and result are what last.pt holds.
+    """
+
+    config: Any  # with out, resume, save_minutes
+    dataset: Any
     model: nn.Module
-    info: dict  # the adapter file's
-    trainable: int
+    info: dict  # the metadata of the adapter file
+    identity: dict  # what must be the same when the run resumes, besides the config
+    trainable: int  # numbers of parameters
     total: int
     device: torch.device
     dtype: torch.dtype  # of autocast; float32 is off
     folder: Path
-    lock: IO  # while it is open, no other process may train in the folder
-    unwritten: set[str] = field(default_factory=set)  # files that could not be: see attempt
+    lock: IO  # while it is open, no other process trains in the folder
+    last: dict | None = None  # the content of last.pt
+    step: int = 0  # steps of the optimizer
+    epoch: int = 0  # epochs that are evaluated
+    best: dict = field(default_factory=dict)  # figures of the best epoch
+    best_tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    extra: dict = field(default_factory=dict)  # what the script keeps in last.pt
+    result: dict | None = None  # of a finished run
+    unwritten: set[str] = field(default_factory=set)  # files that could not be written
+    saved: int | None = None  # the step of last.pt
+
+    KEPT = ("step", "epoch", "best", "best_tensors", "extra", "result")
+
+    @contextmanager
+    def training(self, optimizer, scaler, steps: int, columns: dict[str, str]) -> Iterator[None]:
+        """Lock the folder, obey signals, and resume.
+
+        steps: of an epoch. columns: the column of metrics.csv for each of TensorBoard's tags.
+        Raises ValueError for a loss or a tensor that is not finite, Stopped if a signal asks for it.
+        """
+        self.optimizer, self.scaler, self.steps = optimizer, scaler, steps
+        self.meter = Meter(every=max(1, steps // 20), steps=steps)
+        self.log = Log(self, columns)
+        self.clock = time.monotonic()
+        with self.lock, Signals() as self.signals:
+            self.resume()
+            try:
+                yield
+            except FloatingPointError as error:
+                raise ValueError(self.diverged(error)) from None
+            finally:
+                self.log.release()
+
+    def after_step(self) -> None:
+        """Save last.pt if it is time to, and stop if a signal asks for it."""
+        if time.monotonic() - self.clock >= 60 * self.config.save_minutes:
+            self.save()
+        self.obey()
+
+    def watch(self, batches: Iterator) -> Iterator:
+        """The batches of an evaluation, which changes nothing: the run may stop before any of them."""
+        for batch in batches:
+            self.obey()
+            yield batch
+
+    def obey(self) -> None:
+        """Save and raise Stopped if a signal has come. Of several processes, the first one does."""
+        number = self.signals.received
+        if not number or process() > 0:
+            return
+        self.save()
+        kept = f"last.pt is at step {self.saved}" if self.saved is not None else "nothing is saved"
+        name = signal.Signals(number).name
+        message = f"stopped by {name} after step {self.step}; {kept}; {self.how_to_resume()}"
+        raise Stopped(number, message)
+
+    def save(self) -> bool:
+        """Write last.pt, if it can be written. Of several processes, the first one does.
+
+        Raises FloatingPointError if a trained tensor is not finite.
+        """
+        self.clock = time.monotonic()
+        if process() > 0:
+            return True
+        rest = {
+            **{key: getattr(self, key) for key in self.KEPT},
+            "log": {"rows": self.log.rows, **self.meter.state()},
+            "identity": self.identity,
+            "config": asdict(self.config),
+        }
+        file, parts = self.folder / "last.pt", (self.model, self.optimizer, self.scaler, rest)
+        if written := self.attempt("last.pt", partial(checkpoint.save_resume, file, *parts)):
+            self.saved = self.step
+        return written
+
+    def resume(self) -> None:
+        """Continue where last.pt stands."""
+        last, self.last = self.last, None  # its tensors need not stay in memory
+        prepared = self.extra
+        if last:
+            checkpoint.restore_resume(last, self.model, self.optimizer, self.scaler)
+            for key in self.KEPT:
+                setattr(self, key, last[key])
+            self.extra = last["extra"] | prepared
+            self.log.rows = last["log"]["rows"]
+            self.meter.restore(last["log"], self.device)
+            self.saved = self.step
+            if not self.result:
+                total = self.steps * self.config.epochs
+                print(f"{self.folder}: resumes after step {self.step} of {total}", flush=True)
+                if self.best_tensors:  # a kill may have come between the two files
+                    self.save_adapter()
+        elif self.config.resume:
+            print(f"--resume: no last.pt in {self.folder}; the run starts from the beginning")
+        if self.config.resume:
+            check_same_step(self.step, self.device)
+
+    def save_adapter(self) -> bool:
+        """Write the adapter file of the best epoch so far, if it can be written."""
+        file = self.folder / checkpoint.ADAPTER_FILE
+        write = partial(checkpoint.write_adapter, file, self.best_tensors, self.info)
+        return self.attempt(checkpoint.ADAPTER_FILE, write)
+
+    def attempt(self, name: str, write: Callable[[], None]) -> bool:
+        """Write a file of the run: True. If that fails, as on a full disk, warn once and return False.
+
+        Of several processes, only the first one writes.
+        """
+        if process() > 0:
+            return True
+        try:
+            write()
+        except (OSError, UnicodeError) as error:
+            if name not in self.unwritten:
+                message = f"{name} cannot be written ({error}); training continues and tries again"
+                tqdm.write(f"{self.folder}: {message}", file=sys.stderr)
+            self.unwritten.add(name)
+            return False
+        self.unwritten.discard(name)
+        return True
+
+    def how_to_resume(self) -> str:
+        return f"resume with the same command and --out {self.folder} --resume"
+
+    def diverged(self, error: FloatingPointError) -> str:
+        """The message of a run whose loss or tensors are no longer finite."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
+        exists = (self.folder / checkpoint.ADAPTER_FILE).exists()
+        best = f"; the best epoch so far is in {self.folder}" if exists else ""
+        kept = f"; last.pt stays at step {self.saved}" if self.saved is not None else ""
+        return (
+            f"{error} at step {self.step} (learning rate {lr:.3g}{scale}){best}{kept}; "
+            "try a smaller --lr or --alpha, or --amp off"
+        )
 
 
-def make_folder(config: Config) -> tuple[Path, IO]:
-    """Make the run's folder and write config.json, with the versions that it runs on, into it: (folder,
-    the open file, which is locked). Of several processes the first one does."""
-    if rank() > 0:
+def check_folder(config) -> None:
+    """Raise ValueError if the run's folder holds another run, or cannot be made."""
+    names = ("config.json", "last.pt", checkpoint.ADAPTER_FILE)
+    if config.out and not config.resume:
+        if any((Path(config.out) / name).exists() for name in names):
+            raise ValueError(taken(config.out))
+    path = Path(config.out or "runs").absolute()
+    above = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(
+            f"--out {config.out or 'runs'}: cannot be made, {above} is not a folder to write to; "
+            "name another"
+        )
+
+
+def taken(folder: str | Path) -> str:
+    return f"--out {folder}: holds a run already; add --resume, name another folder, or remove it"
+
+
+def read_last(config) -> dict | None:
+    """The content of the last.pt that --resume continues; None if there is nothing to resume.
+
+    Raises ValueError if --out is missing, or is not the folder of a run.
+    """
+    if not config.resume:
+        return None
+    if not config.out:
+        raise ValueError("--resume: expected --out as well, the folder of the run")
+    folder = Path(config.out)
+    if (folder / "last.pt").exists():
+        last = checkpoint.read_resume(folder / "last.pt")
+        return last | {"written": written_at(folder)}
+    if (folder / checkpoint.ADAPTER_FILE).exists():  # it would be overwritten
+        raise ValueError(
+            f"--resume: {folder} holds an adapter but no last.pt to resume from; name another folder"
+        )
+    if (folder / "config.json").exists() and not is_ours(folder / "config.json"):  # likewise
+        raise ValueError(
+            f"--resume: {folder / 'config.json'} is not the file of a run; name another folder"
+        )
+    return None
+
+
+def written_at(folder: Path) -> int | None:
+    """When last.pt was written, in nanoseconds; None if there is none."""
+    file = folder / "last.pt"
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
+def is_ours(file: Path) -> bool:
+    """True if a config.json is a run's, or empty, as a kill at the start leaves it."""
+    text = file.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        return not text or {"recipe", "adapter"} <= set(json.loads(text))
+    except (ValueError, TypeError):
+        return False
+
+
+def refuse_others(config, identity: dict, last: dict | None) -> None:
+    """Raise ValueError if last.pt belongs to other data or another trunk than identity says."""
+    for key, now in identity.items() if last else ():
+        previous = last["identity"].get(key, now)
+        if previous != now:
+            raise ValueError(
+                f"--resume: {config.out}/last.pt: {key} was {previous!s:.90}, is now {now!s:.90}"
+            )
+
+
+def make_folder(config, last: dict | None = None) -> tuple[Path, IO]:
+    """Make the run's folder and write config.json into it, with the versions in use.
+
+    Returns the folder, and the open file, which is locked. Of several processes, the first one makes it.
+    last: what read_last has returned.
+    """
+    if process() > 0:
         return Path(config.out or "runs"), nullcontext()
     name = f"{config.recipe}-{config.adapter}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     text = json.dumps({**asdict(config), "versions": versions}, indent=2)
+    busy = f"--out {config.out}: another process trains there; wait for its end"
     for folder in [Path(config.out)] if config.out else (Path("runs") / name for name in names):
         path = folder / "config.json"
         mode = "r+" if config.resume and path.exists() else "x"  # of two at once, one gets it
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, mode)
-            if not lock(file):
+            # If last.pt has changed since it was read, another process was training until just now.
+            changed = mode == "r+" and written_at(folder) != (last or {}).get("written")
+            if not lock(file) or changed:
                 file.close()
-                raise ValueError(f"--out {folder}: another process trains there; wait for its end")
+                raise ValueError(busy)
             file.write(text + "\n")
             file.truncate()
             file.flush()
             remove_temporaries(folder)
             return folder, file
         except FileExistsError:
-            continue  # runs that start in one second have names of their own
+            continue  # runs that start in the same second have names of their own
         except OSError as error:
             reason = error.strerror
             if mode == "x" and path.exists():  # empty, on a full disk; it would bar the next try
                 path.unlink()
             raise ValueError(f"--out {folder}: cannot be made ({reason}); name another") from None
-    busy = f"--out {config.out}: another process trains there; wait for its end"
     raise ValueError(busy if config.resume else taken(config.out))
 
 
 def lock(file: IO) -> bool:
-    """Lock an open file until it is closed or this process ends, in whatever way; False if another has it.
+    """Lock an open file until it is closed or this process ends; False if another process has locked it.
 
     Windows has no fcntl: there nothing keeps two processes with --resume apart.
     """
     try:
-        if fcntl:  # lockf, not flock: forked workers don't share it, and outlive a kill by seconds
+        if (
+            fcntl
+        ):  # lockf, not flock: forked workers, which outlive a kill by seconds, do not share it
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # a file system that knows no locks
+    except OSError:  # a file system without locks
         pass
     return True
 
 
-def attempt(run: Run, name: str, write: Callable[[], None]) -> bool:
-    """Write a file of the run: True. Where that fails, as on a full disk, warn, once, and go on.
+class Meter:
+    """The mean loss of an epoch or of its last steps, and its images per second."""
 
-    Of several processes only the first one writes.
-    """
-    if rank() > 0:
-        return True
-    try:
-        write()
-    except (OSError, UnicodeError) as error:
-        if name not in run.unwritten:
-            tell = f"{run.folder}: {name} cannot be written ({error}); training goes on, and tries again"
-            tqdm.write(f"train.py: {tell}", file=sys.stderr)
-        run.unwritten.add(name)
-        return False
-    run.unwritten.discard(name)
-    return True
-
-
-NORMS = "delta_w/relative_norm"  # in the row of an epoch: a number for each adapted layer
-
-
-class Log:
-    """What a run says of itself: TensorBoard events, metrics.csv and one printed line an epoch."""
-
-    COLUMNS = "epoch step lr train_loss images_per_second val_loss val_accuracy".split()
-    EVENTS = ".train"  # ends the names of its files of events
-
-    def __init__(self, run: Run, steps: int):
-        self.run, self.steps = run, steps
-        self.every = max(1, steps // 20)  # steps to a point: to read a loss is to wait for the GPU
+    def __init__(self, every: int, steps: int):
+        self.every, self.steps = every, steps  # steps between two points; steps of an epoch
         self.images_per_second = 0.0
-        self.rows, self.writer = [], None
-        self.start_epoch()
-        share = run.trainable / run.total
-        print(
-            f"{run.config.adapter}: {run.trainable:,} of {run.total:,} parameters train ({share:.2%}), "
-            f"on {len(run.dataset.train):,} images, {run.device}, {str(run.dtype)[6:]}",
-            flush=True,
-        )
+        self.start()
 
-    def start_epoch(self):
-        self.losses, self.images = [], []  # of each step since the epoch's start
+    def start(self) -> None:
+        """Begin an epoch."""
+        self.losses, self.images = [], []  # of each step
         self.seconds, self.clock = 0.0, time.perf_counter()
 
-    def step(self, done: int, loss: torch.Tensor, lr: float, images: int):
+    def add(self, loss: torch.Tensor, images: int) -> bool:
+        """Count a step; True if the curves get a point. Not at each step: reading a loss waits for the GPU.
+
+        Raises FloatingPointError if the loss of that point is not finite.
+        """
         self.losses.append(loss)
         self.images.append(images)
-        if len(self.losses) % self.every == 0 or len(self.losses) == self.steps:
-            train_loss = self.mean(self.every)
-            self.seconds += time.perf_counter() - self.clock
-            self.clock = time.perf_counter()
-            self.images_per_second = sum(self.images) / self.seconds
-            if not math.isfinite(train_loss):
-                raise FloatingPointError(f"the loss is {train_loss}")
-            row = {"lr": lr, "train_loss": train_loss, "images_per_second": self.images_per_second}
-            self.write(done, **row)
+        if len(self.losses) % self.every and len(self.losses) != self.steps:
+            return False
+        self.loss = self.mean(self.every)
+        self.seconds += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        self.images_per_second = sum(self.images) / self.seconds
+        if not math.isfinite(self.loss):
+            raise FloatingPointError(f"the loss is {self.loss}")
+        return True
 
     def mean(self, steps: int) -> float:
-        """The loss of an image over the last steps of this epoch."""
+        """The mean loss of an image over the last steps of this epoch."""
         images = torch.tensor(self.images[-steps:], dtype=torch.float64)
         losses = torch.stack(self.losses[-steps:]).cpu().double()
         return (losses @ images / images.sum()).item()
 
-    def epoch(self, epoch: int, val_loss: float, val_accuracy: float):
-        row = {"val_loss": val_loss, "val_accuracy": val_accuracy}
-        norms = relative_norms(self.run.model).values()
-        if norms := [norm for norm in norms if math.isfinite(norm)]:  # at.save refuses the others
-            row[NORMS] = norms
-        self.write(epoch * self.steps, **row)
-        print(
-            f"epoch {epoch}/{self.run.config.epochs}: train loss {self.mean(self.steps):.4f}, "
-            f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "
-            f"{self.images_per_second:,.0f} images/s",
-            flush=True,
-        )
-        self.start_epoch()
-        self.list_bad()
+    def state(self) -> dict:
+        return {
+            "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0),
+            "images": self.images,
+            "seconds": self.seconds + time.perf_counter() - self.clock,
+            "images_per_second": self.images_per_second,
+        }
 
-    def list_bad(self):
-        """unreadable.txt: the files that were replaced, in all processes."""
-        splits = (self.run.dataset.train, self.run.dataset.val, self.run.dataset.test)
-        if bad := gather([reason for split in splits if split for reason in split.bad.values()]):
-            text = "".join(f"{reason}\n" for reason in bad)
-            file = self.run.folder / "unreadable.txt"  # names need not be UTF-8
-            how = {"encoding": "utf-8", "errors": "surrogateescape"}
-            attempt(self.run, file.name, lambda: file.write_text(text, **how))
+    def restore(self, state: dict, device: torch.device) -> None:
+        self.losses, self.images = list(state["losses"].to(device)), state["images"]
+        self.seconds, self.images_per_second = state["seconds"], state["images_per_second"]
 
-    def write(self, step: int, **values):
-        epoch = f"{step / self.steps:.6g}"
-        self.rows.append({"epoch": epoch, "step": step, **values, "time": time.time()})
+
+class Log:
+    """A run's metrics.csv and TensorBoard events. Both hold all rows, also after a resume or a full disk."""
+
+    EVENTS = ".train"  # the end of the names of its event files
+
+    def __init__(self, run: Run, columns: dict[str, str]):
+        self.run, self.columns, self.rows, self.writer = run, columns, [], None
+
+    def write(self, values: dict[str, float | list[float]]) -> None:
+        """Add a point at the run's step for each of TensorBoard's tags; a list becomes a histogram."""
+        self.rows.append({"step": self.run.step, "time": time.time(), **values})
         self.save()
 
-    def save(self):
-        """Bring the files up to all rows, with those that a full disk refused or a kill cut off."""
-        attempt(self.run, "metrics.csv", self.save_metrics)
-        attempt(self.run, "TensorBoard's events", self.save_events)
+    def save(self) -> None:
+        """Bring both files up to date, also with rows that a full disk refused or a kill cut off."""
+        self.run.attempt("metrics.csv", self.save_metrics)
+        self.run.attempt("TensorBoard's events", self.save_events)
 
-    def save_metrics(self):
+    def save_metrics(self) -> None:
+        columns = self.columns
         with (
             atomic(self.run.folder / "metrics.csv") as temporary,
             open(temporary, "w", newline="") as file,
         ):
-            writer = csv.DictWriter(file, self.COLUMNS, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(file, ("epoch", "step", *columns.values()), restval="")
             writer.writeheader()
-            writer.writerows(self.rows)
+            for row in self.rows:
+                values = {columns[tag]: row[tag] for tag in columns if tag in row}
+                epoch = f"{row['step'] / self.run.steps:.6g}"
+                writer.writerow({"epoch": epoch, "step": row["step"], **values})
 
-    def save_events(self):
-        if not self.writer:  # a file that has all rows, from the first one on
+    def save_events(self) -> None:
+        if not self.writer:  # a new file that has all rows, from the first one on
             self.earlier = list(self.run.folder.glob(f"events.out.tfevents.*{self.EVENTS}"))
             self.shown = 0
             self.writer = SummaryWriter(self.run.folder, purge_step=0, filename_suffix=self.EVENTS)
         try:
             for row in self.rows[self.shown :]:
-                for key in set(row) - {"epoch", "step", "time"}:  # train_loss is train/loss here
-                    tag = key.replace("_", "/") if key.startswith(("train", "val")) else key
-                    add = self.writer.add_histogram if key == NORMS else self.writer.add_scalar
-                    add(tag, np.array(row[key]), row["step"], walltime=row["time"])
+                for tag in row.keys() - {"step", "time"}:
+                    many = isinstance(row[tag], list)
+                    add = self.writer.add_histogram if many else self.writer.add_scalar
+                    add(tag, np.array(row[tag]), row["step"], walltime=row["time"])
             self.writer.flush()
             self.shown = len(self.rows)
             # TensorBoard reads files in the order of their names, which is not always that of their age.
@@ -249,156 +425,36 @@ class Log:
             self.writer = None  # it can't be used again
             raise
 
-    def state(self) -> dict:
-        """What restore needs to go on as if nothing had been."""
-        return {
-            "losses": torch.stack(self.losses).cpu() if self.losses else torch.empty(0),
-            "images": self.images,
-            "seconds": self.seconds + time.perf_counter() - self.clock,
-            "images_per_second": self.images_per_second,
-            "rows": self.rows,
-        }
-
-    def restore(self, state: dict):
-        self.losses = list(state["losses"].to(self.run.device))
-        self.images, self.seconds, self.rows = state["images"], state["seconds"], state["rows"]
-        self.images_per_second = state["images_per_second"]
-
-    def release(self):
-        """Close the file of events, so that a run that goes on can take its place."""
+    def release(self) -> None:
+        """Close the event file, so that a resumed run can replace it."""
         if self.writer:
             with suppress(OSError):  # the disk may still be full
                 self.writer.close()
             self.writer = None
 
-    def close(self, best: dict):
-        settings = {k: v for k, v in asdict(self.run.config).items() if v is not None}
+    def close(self, settings: dict, metrics: dict[str, float], pictures: list[Path]) -> None:
+        """End the events with the hyperparameters, the metrics that they led to, by tag, and the pictures."""
         settings = {k: str(v) if isinstance(v, list | tuple) else v for k, v in settings.items()}
-        best = {f"best/{k}": v for k, v in best.items()}
-        self.save()
 
         def write():
             self.save_events()
-            for name in ("predictions", "confusion"):
-                file = self.run.folder / f"{name}.png"
-                if file.exists() and "pictures" not in self.run.unwritten:
-                    pixels, step = imread(file), self.rows[-1]["step"]
-                    self.writer.add_image(name, pixels, step, dataformats="HWC")
-            for summary in hparams(settings, best):  # add_hparams would open a file of its own
+            for picture in pictures:
+                self.writer.add_image(
+                    picture.stem, imread(picture), self.run.step, dataformats="HWC"
+                )
+            for summary in hparams(settings, metrics):  # add_hparams would open another file
                 self.writer.file_writer.add_summary(summary)
-            for tag, value in best.items():
-                self.writer.add_scalar(tag, value)
+            curves = {tag for row in self.rows for tag in row}
+            for tag in metrics.keys() - curves:
+                self.writer.add_scalar(tag, metrics[tag], self.run.step)
             self.writer.close()
 
-        attempt(self.run, "TensorBoard's events", write)
-
-
-class Progress:
-    """How far a run has come, in memory and, from time to time, in last.pt."""
-
-    KEPT = ("done", "epoch", "best", "best_tensors", "best_counts", "result")
-
-    def __init__(self, run: Run, optimizer, scaler):
-        self.run, self.optimizer, self.scaler = run, optimizer, scaler
-        per_step = run.config.batch_size * run.config.grad_accum
-        self.steps = -(-len(run.dataset.train) // per_step)  # of an epoch
-        self.done = self.epoch = 0  # steps of the optimizer; epochs that are evaluated
-        self.best, self.best_tensors, self.result = {"val_accuracy": -1.0}, {}, None
-        self.best_counts = None  # (classes, classes): how often a label had a prediction
-        self.saved = None  # the step that last.pt stands at
-        self.clock = time.monotonic()
-        self.log = Log(run, self.steps)
-        self.file = run.folder / "last.pt"
-        if run.config.resume:
-            self.load()
-            meet_at(self.done, run.device)
-
-    def due(self) -> bool:
-        return time.monotonic() - self.clock >= 60 * self.run.config.save_minutes
-
-    def save(self) -> None:
-        """Write last.pt, if it can be; of several processes the first one does. FloatingPointError if the
-        run has gone astray."""
-        self.clock = time.monotonic()
-        if rank() > 0:
-            return
-        splits = (self.run.dataset.train, self.run.dataset.val)
-        rest = {
-            **{key: getattr(self, key) for key in self.KEPT},
-            "log": self.log.state(),
-            "bad": [split.bad for split in splits],
-            "identity": identity(self.run.dataset, self.run.info),
-            "config": asdict(self.run.config),
-        }
-        model = self.run.model
-        write = partial(checkpoint.save_resume, self.file, model, self.optimizer, self.scaler, rest)
-        if attempt(self.run, "last.pt", write):
-            self.saved = self.done
-
-    def load(self) -> None:
-        """Go on where last.pt stands."""
-        if not self.file.exists():
-            print(f"--resume: no last.pt in {self.run.folder}; the run starts from the beginning")
-            return
-        content = checkpoint.read_resume(self.file)
-        checkpoint.restore_resume(content, self.run.model, self.optimizer, self.scaler)
-        for key in self.KEPT:
-            setattr(self, key, content.get(key))
-        for split, bad in zip(
-            (self.run.dataset.train, self.run.dataset.val), content["bad"], strict=True
-        ):
-            split.bad.update(bad)
-        self.log.restore(content["log"])
-        self.saved = self.done
-        if self.result:
-            return
-        total = self.steps * self.run.config.epochs
-        print(f"{self.run.folder} goes on after step {self.done} of {total}", flush=True)
-        if self.best_tensors:  # a run may end between the two files
-            self.save_adapter()
-
-    def save_adapter(self) -> bool:
-        """Write the best epoch so far, if it can be."""
-        file = self.run.folder / checkpoint.ADAPTER_FILE
-        write = partial(checkpoint.write_adapter, file, self.best_tensors, self.run.info)
-        return attempt(self.run, checkpoint.ADAPTER_FILE, write)
-
-    def go_on(self) -> str:
-        return f"go on with the same command and --out {self.run.folder} --resume"
-
-    def diverged(self, what: object) -> str:
-        """What to say of a run whose loss or tensors are not finite any more."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
-        there = (self.run.folder / checkpoint.ADAPTER_FILE).exists()
-        best = f"; the best epoch so far is in {self.run.folder}" if there else ""
-        kept = f"; last.pt stays at step {self.saved}" if self.saved is not None else ""
-        return (
-            f"{what} at step {self.done} (learning rate {lr:.3g}{scale}){best}{kept}; "
-            "try a smaller --lr or --alpha, or --amp off"
-        )
-
-
-def identity(dataset: data.Dataset, info: dict) -> dict:
-    """What has to be the same in a run that goes on, beside its flags."""
-    images = [len(dataset.train), len(dataset.val)]
-    keys = ("classes", "trunk", "preprocessing")
-    return {"images": images, **{key: info[key] for key in keys}}
-
-
-def refuse_others(config: Config, dataset: data.Dataset, info: dict) -> None:
-    """With --resume, raise ValueError if last.pt is of other data or another trunk: see refuse_changes."""
-    if last := begun(config):
-        for key, now in identity(dataset, info).items():
-            then = last["identity"].get(key, now)
-            if then != now:
-                raise ValueError(
-                    f"--resume: {config.out}/last.pt: {key} was {then!s:.90}, is now {now!s:.90}"
-                )
+        self.save()
+        self.run.attempt("TensorBoard's events", write)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to end, and it has."""
+    """A signal asked the run to stop, and it has saved and stopped."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -406,69 +462,42 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """SIGINT (ctrl-C) and SIGTERM, noted, and obeyed once the step is done and saved."""
+    """SIGINT (ctrl-C) and SIGTERM are noted in `received`, and obeyed once the step is done: see Run.obey."""
 
     def __init__(self):
-        self.asked, self.before = None, {}
+        self.received, self.handlers = None, {}
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # no other thread may
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note) or signal.SIG_DFL
+                self.handlers[number] = signal.signal(number, self.note) or signal.SIG_DFL
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if error and self.asked and rank() > 0:  # it broke off because the first process has gone
-            raise Stopped(self.asked, "stopped with the first process") from None
+        if (
+            error and self.received and process() > 0
+        ):  # it failed because the first process has gone
+            raise Stopped(self.received, "stopped with the first process") from None
 
     def note(self, number: int, frame) -> None:
-        if self.asked and world() == 1:  # torchrun passes on what ctrl-C has told already
+        if (
+            self.received and processes() == 1
+        ):  # torchrun repeats a signal that ctrl-C has sent to all
             raise KeyboardInterrupt  # asked twice: at once
-        self.asked = number
-
-    def obey(self, at: Progress) -> None:
-        """Save and raise Stopped if a signal has come; of several processes the first one does."""
-        if not self.asked or rank() > 0:
-            return
-        at.save()
-        kept = f"last.pt stands at step {at.saved}" if at.saved is not None else "nothing is saved"
-        name = signal.Signals(self.asked).name
-        message = f"stopped by {name} after step {at.done}; {kept}; {at.go_on()}"
-        raise Stopped(self.asked, message)
-
-    def watch(self, batches: Iterator, at: Progress) -> Iterator:
-        """The batches of an evaluation, which changes nothing and can be left at any of them."""
-        for batch in batches:
-            self.obey(at)
-            yield batch
+        self.received = number
 
 
-def draw(run: Run, accuracy: float, counts: torch.Tensor | None) -> None:
-    """curves.png, and of the best epoch confusion.png, which classes it takes for which, and
-    predictions.png, what it says of 24 validation images."""
-    config = run.config
-    what = pictures.NAMES[config.adapter]
-    what += f" rank {config.rank}" if config.adapter in ADAPTERS else ""
-    pictures.plot_curves(
-        run.folder / "metrics.csv",
-        run.folder / "curves.png",
-        f"{config.dataset}, {what}: {run.trainable:,} trainable parameters",
-    )
-    title = f"{config.dataset}, {what}: validation accuracy {accuracy:.1%}"
-    if counts is not None and counts.any():  # a last.pt of old has none
-        pictures.plot_confusion(counts, run.dataset.classes, run.folder / "confusion.png", title)
-    preprocessing = run.info["preprocessing"]
-    few = run.dataset.val.rows(data.even_rows(run.dataset.val.labels, 24))
-    images, labels = next(iter(data.batches(few, 24, preprocessing, run.device, workers=0)))
-    with torch.inference_mode():
-        logits = run.model(images).float().cpu()
-    pictures.plot_predictions(
-        pictures.colours(images.cpu(), preprocessing),
-        logits,
-        labels.cpu(),
-        run.dataset.classes,
-        run.folder / "predictions.png",
-        title,
-    )
+def without_tensorboard(show: Callable) -> Callable:
+    """threading.excepthook without TensorBoard's writer thread. Its errors appear again in save_events, where
+    they are one line."""
+
+    def hook(args) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            show(args)
+
+    return hook
+
+
+threading.excepthook = without_tensorboard(threading.excepthook)

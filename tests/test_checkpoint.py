@@ -49,8 +49,8 @@ IMAGES = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)
 LOAD = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from engine import checkpoint
-model, info = checkpoint.load_adapter(sys.argv[2])
+import vit
+model, info = vit.load_adapter(sys.argv[2])
 assert not model.training
 images = torch.linspace(-1, 1, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28)
 torch.save([model(images).detach(), info["classes"]], sys.argv[3])
@@ -111,7 +111,7 @@ KEY = "encoder.layers.encoder_layer_0.self_attention.query.lora_A"
         (lambda t, m: m.update(rank="4"), rf"{KEY}: expected shape \(4, 128\), found \(3, 128\)"),
         (lambda t, m: m.update(adapter="loha"), r"hada_w1_a: expected shape"),
         (lambda t, m: m.update(adapter="dora"), r"'dora': expected one of lora, loha"),
-        (lambda t, m: m.update(model="vit_b_16"), "image size 28: vit_b_16 needs a multiple"),
+        (lambda t, m: m.update(model="vit_b_16"), "--image-size 28: vit_b_16 needs a multiple"),
         (lambda t, m: m.update(trunk="0" * 16), "trunk: expected 0000000000000000"),
         (lambda t, m: m.update(weights=str(OTHER)), "trained on other weights"),
         (lambda t, m: m.pop("classes"), "expected 'classes' in the metadata"),
@@ -131,10 +131,10 @@ def test_a_file_that_does_not_fit_is_refused_with_key_expected_and_found(
     model, info = adapted("lora")
     path = tmp_path / "adapter.safetensors"
     checkpoint.save_adapter(path, model, info)
-    checkpoint.load_adapter(path)
+    vit.load_adapter(path)
     rewrite(path, change)
     with pytest.raises(ValueError, match=message) as error:
-        checkpoint.load_adapter(path)
+        vit.load_adapter(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -145,19 +145,20 @@ def test_restore_into_another_adapter_leaves_the_model_unchanged(tmp_path):
     other, _ = adapted("lora", rank=5)
     before = {name: p.clone() for name, p in other.named_parameters()}
     with pytest.raises(ValueError, match=r"expected shape \(5, 128\), found \(3, 128\)"):
-        checkpoint.restore(other, tmp_path / "a.safetensors")
+        path = tmp_path / "a.safetensors"
+        checkpoint.restore(other, *checkpoint.read_adapter(path), path)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
 
 
 def test_other_kinds_of_file_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        checkpoint.load_adapter(tmp_path / "nowhere.safetensors")
+        vit.load_adapter(tmp_path / "nowhere.safetensors")
     save_file({"w": torch.ones(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"foreign\.safetensors: expected 'adapter'"):
-        checkpoint.load_adapter(tmp_path / "foreign.safetensors")
+        vit.load_adapter(tmp_path / "foreign.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(ValueError, match=r"text\.safetensors"):
-        checkpoint.load_adapter(tmp_path / "text.safetensors")
+        vit.load_adapter(tmp_path / "text.safetensors")
 
 
 def test_a_trunk_that_moved_can_be_named(tmp_path):
@@ -167,8 +168,8 @@ def test_a_trunk_that_moved_can_be_named(tmp_path):
     checkpoint.save_adapter(tmp_path / "a.safetensors", model, info)
     (tmp_path / "trunk.safetensors").rename(tmp_path / "moved.safetensors")
     with pytest.raises(FileNotFoundError, match=r"a\.safetensors: .*trunk\.safetensors"):
-        checkpoint.load_adapter(tmp_path / "a.safetensors")
-    loaded, _ = checkpoint.load_adapter(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
+        vit.load_adapter(tmp_path / "a.safetensors")
+    loaded, _ = vit.load_adapter(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
     assert torch.equal(loaded(IMAGES), model(IMAGES))
 
 
@@ -196,11 +197,11 @@ def test_a_trunk_that_another_processor_rounds_differently_is_the_same_trunk(tmp
         checkpoint.save_adapter(path, model, info)
         monkeypatch.setattr(vit, "build", nudged(names))
         if fits:
-            loaded, _ = checkpoint.load_adapter(path)
+            loaded, _ = vit.load_adapter(path)
             torch.testing.assert_close(loaded(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
         else:
             with pytest.raises(ValueError, match="trained on other weights"):
-                checkpoint.load_adapter(path)
+                vit.load_adapter(path)
 
 
 def test_writing_is_all_or_nothing(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ import compare
 import train
 from engine import checkpoint, report
 from engine.config import parse
-from engine.run import Progress
+from engine.run import Run
 
 TINY = "--limit 40 --epochs 1 --batch-size 8 --image-size 14 --workers 0 --device cpu".split()
 # Of the embedded trunk, 6 blocks of 128 and 512, at rank 2, with the head's 1,290
@@ -218,7 +218,7 @@ def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path, start):
     assert process.returncode == 130
     assert re.fullmatch(r"compare.py: stopped by SIGINT; .*go on with the same command\n", said)
     for run, log in zip(runs, logs, strict=True):
-        step = checkpoint.read_resume(run / "last.pt")["done"]
+        step = checkpoint.read_resume(run / "last.pt")["step"]
         words = f"stopped by SIGTERM after step {step}; last.pt stands at step {step}; go on with"
         assert step > 0 and words in log.read_text().splitlines()[-1]
 
@@ -269,9 +269,11 @@ def diverge(log):
     """As a run whose loss is not finite: the exit status."""
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    at = SimpleNamespace(optimizer=optimizer, scaler=scaler, saved=None, done=3)
-    at.run = SimpleNamespace(folder=log.with_suffix(""))
-    log.write_text(f"train.py: {Progress.diverged(at, 'the loss is nan')}\n")
+    folder = log.with_suffix("")
+    run = SimpleNamespace(
+        optimizer=optimizer, scaler=scaler, saved=None, step=3, folder=folder
+    )
+    log.write_text(f"train.py: {Run.diverged(run, 'the loss is nan')}\n")
     return 2
 
 

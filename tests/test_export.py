@@ -122,7 +122,7 @@ def test_a_trunk_of_hugging_face_s_needs_no_copy(tmp_path):
         theirs = opened(tmp_path / "folder")(IMAGES).logits
         torch.testing.assert_close(theirs, model(IMAGES), rtol=0, atol=1e-5)
     export.from_peft(tmp_path / "folder", tmp_path / "back.safetensors")
-    back, info = checkpoint.load_adapter(tmp_path / "back.safetensors")
+    back, info = vit.load_adapter(tmp_path / "back.safetensors")
     assert info["eps"] == 1e-12 and torch.equal(back(IMAGES), model(IMAGES))
 
 
@@ -195,7 +195,7 @@ def test_there_and_back_keeps_every_tensor_bit_for_bit(case, tmp_path):
     assert told_back == {**told, "weights": str(tmp_path / "folder" / "base")}
     (tmp_path / "folder").rename(tmp_path / "moved")
     export.from_peft(tmp_path / "moved", tmp_path / "c.safetensors", classes="one,two,three")
-    assert checkpoint.load_adapter(tmp_path / "c.safetensors")[1]["classes"] == [
+    assert vit.load_adapter(tmp_path / "c.safetensors")[1]["classes"] == [
         "one",
         "two",
         "three",
@@ -247,7 +247,7 @@ def test_what_peft_trained_opens_here_with_its_logits(case, names, tmp_path):
     classes.write_text("\n".join(CLASSES) + "\n", "utf-8")
     path = tmp_path / "a.safetensors"
     export.from_peft(tmp_path / "folder", path, classes=str(classes))
-    ours, info = checkpoint.load_adapter(path)
+    ours, info = vit.load_adapter(path)
     assert info["classes"] == CLASSES and info["adapter"] == case.split("-")[0]
     with torch.no_grad():
         logits = theirs(IMAGES).logits
@@ -256,7 +256,7 @@ def test_what_peft_trained_opens_here_with_its_logits(case, names, tmp_path):
     alpha = "lora_alpha" if "lora" in case else "alpha"
     rewrite(tmp_path / "folder", config=lambda c: c.update({alpha: c[alpha] + 20}))
     export.from_peft(tmp_path / "folder", tmp_path / "b.safetensors", classes=str(classes))
-    wrong, _ = checkpoint.load_adapter(tmp_path / "b.safetensors")
+    wrong, _ = vit.load_adapter(tmp_path / "b.safetensors")
     assert (wrong(IMAGES) - logits).abs().max() > 1e-4
 
 
@@ -476,6 +476,6 @@ def test_the_command_line_there_and_back(run_script, tmp_path):
     for flags in ("a.safetensors --to peft folder", "b.safetensors --from peft folder"):
         process = run_script("export.py", *flags.split())
         assert process.returncode == 0, process.stderr
-    assert checkpoint.load_adapter(tmp_path / "b.safetensors")[1]["classes"] == CLASSES
+    assert vit.load_adapter(tmp_path / "b.safetensors")[1]["classes"] == CLASSES
     process = run_script("export.py", "a.safetensors", "--to", "torchvision", "merged.pth")
     assert "merged.pth loads into torchvision.models.VisionTransformer(" in process.stdout

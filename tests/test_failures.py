@@ -63,7 +63,7 @@ def test_a_full_disk_has_a_warning_and_the_run_goes_on(room, tmp_path):
     assert process.stderr.count("last.pt cannot be written ([Errno 27] File too large") == 1
     assert process.stderr.count("adapter.safetensors cannot be written") == 1
     assert process.stderr.count("metrics.csv cannot be written") == (room == 0)
-    assert "training goes on, and tries again" in process.stderr
+    assert "training continues and tries again" in process.stderr
     assert "Traceback" not in process.stderr
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
     assert_clean(tmp_path)
@@ -74,11 +74,11 @@ def test_a_full_disk_has_a_warning_and_the_run_goes_on(room, tmp_path):
 def test_a_disk_that_stays_full_keeps_the_last_good_file(tmp_path):
     process = limited(tmp_path, 0, 3, 99, "--out", "run")
     assert process.returncode == 2
-    end = "adapter.safetensors: cannot be written; make room and go on with the same command"
+    end = "adapter.safetensors: cannot be written; make room and resume with the same command"
     assert end in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
-    assert checkpoint.read_resume(tmp_path / "run" / "last.pt")["done"] == 2
+    assert checkpoint.read_resume(tmp_path / "run" / "last.pt")["step"] == 2
     process = limited(tmp_path, 0, 99, 99, "--out", "run", "--resume")
-    assert process.returncode == 0 and "run goes on after step 2 of 12" in process.stdout
+    assert process.returncode == 0 and "run: resumes after step 2 of 12" in process.stdout
     train.train(parse([*FLAGS, "--out", str(tmp_path / "unbroken")]))
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
 
@@ -123,7 +123,7 @@ def test_a_run_that_explodes_keeps_the_last_good_state(amp, tmp_path, monkeypatc
     assert "last.pt stays at step 3; try a smaller --lr" in error and error.count("\n") == 1
     assert "best epoch" not in error, "none has ended"
     last = checkpoint.read_resume(tmp_path / "run" / "last.pt")
-    assert last["done"] == 3 and all(t.isfinite().all() for t in last["tensors"].values())
+    assert last["step"] == 3 and all(t.isfinite().all() for t in last["tensors"].values())
 
 
 def test_tensors_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):

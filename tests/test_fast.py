@@ -1,7 +1,13 @@
-"""The backward passes of our own against autograd of the plain form, what they keep, and what they cost.
+"""The fast form of each adapter against its plain form: same numbers, less memory, fewer multiplications.
 
-The plain form of a layer is linear(x) + delta(x, *factors()), which test_layers holds to the equation.
+The plain form is what forward does where can_fuse is False: with dropout, hooks or subclasses. Autograd
+derives its gradients.
 """
+
+import contextlib
+import copy
+import itertools
+import sys
 
 import pytest
 import torch
@@ -16,8 +22,8 @@ import lokr
 import lora
 from lokr import LoKrLinear
 
-# Every form of every adapter, the choices of the cost models forced: LoHa's for forward and for the
-# factors' gradients, LoKr's for both.
+# Every form of every adapter with every choice that its cost model can make. LoHa's model chooses once for
+# forward and once for the factors' gradients; LoKr's chooses once for both.
 ROUTES = {
     "lora": ("lora", None),
     **{f"loha-{a}-{b}": ("loha", [a, b]) for a in ("whole", "thin") for b in ("whole", "thin")},
@@ -28,7 +34,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch):
-    """The form of adapter to make, with its route forced."""
+    """The form of adapter to make. Its cost model makes this route's choice, whatever the sizes."""
     return force(request.param, monkeypatch)
 
 
@@ -40,7 +46,18 @@ def force(name, monkeypatch):
 
 
 def plain(layer, x):
-    return layer.linear(x) + layer.delta(x, *layer.factors())
+    """layer(x) by the plain form."""
+    with exchanged(layer, can_fuse=lambda _: False, fused=None):
+        return layer(x)
+
+
+@contextlib.contextmanager
+def exchanged(layer, **functions):
+    """Put other functions into the file that the layer's class comes from."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in functions.items():
+            patch.setattr(sys.modules[type(layer).__module__], name, function)
+        yield
 
 
 def rows(*shape, dtype=torch.float64, seed=0):
@@ -49,7 +66,7 @@ def rows(*shape, dtype=torch.float64, seed=0):
 
 
 def gradients(layer, forward, x):
-    """Of the input and of every parameter, the frozen weight and bias among them."""
+    """The gradients of the input and of every parameter, with the frozen weight and bias."""
     inputs = [x, *layer.parameters()]
     out = forward(layer, x)
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
@@ -63,6 +80,8 @@ def call(layer, x):
 def test_output_and_all_gradients_are_the_plain_form_s(route):
     layer, x = make(route), rows(2, 7).requires_grad_()
     torch.testing.assert_close(layer(x), plain(layer, x), rtol=0, atol=1e-12)
+    equation = layer.linear(x) + x @ layer.delta_weight().T
+    torch.testing.assert_close(plain(layer, x), equation, rtol=0, atol=1e-12)
     pairs = zip(gradients(layer, call, x), gradients(layer, plain, x), strict=True)
     for ours, theirs in pairs:
         assert ours.shape == theirs.shape and ours.any()
@@ -70,7 +89,7 @@ def test_output_and_all_gradients_are_the_plain_form_s(route):
 
 
 def test_first_and_second_derivatives(route):
-    """With respect to everything, the frozen weight and bias among it: users unfreeze them."""
+    """Also with respect to the frozen weight and bias: users unfreeze them."""
     layer, x = make(route), rows(2).requires_grad_()
     names, values = zip(*layer.named_parameters(), strict=True)
     values = [value.detach().requires_grad_() for value in values]
@@ -95,8 +114,11 @@ def test_half_precision_rounds_no_update_away(name, monkeypatch):
         next(layer.parameters(recurse=False)).mul_(1e-3 / layer.delta_weight().max())
     torch.testing.assert_close(layer.delta_weight(), torch.full((OUT, IN), 1e-3))
     assert torch.equal(layer.weight, layer.linear.weight), "the control: in one matrix it is lost"
-    y = layer(torch.ones(300, IN, dtype=torch.bfloat16))  # W x is 0
-    torch.testing.assert_close(y.float(), torch.full((300, OUT), 0.001 * IN), rtol=0.02, atol=0)
+    x = torch.ones(300, IN, dtype=torch.bfloat16)  # W x is 0
+    for y in (layer(x), plain(layer, x)):
+        assert y.dtype == torch.bfloat16
+        expected = torch.full((300, OUT), 0.001 * IN)
+        torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0)
 
 
 def test_cost_model_of_lokr_keeps_w_and_kron_apart_in_half_precision():
@@ -114,9 +136,10 @@ def test_autocast_gives_the_float32_gradients_to_half_precision(name, dtype, mon
     layer = make(force(name, monkeypatch), torch.float32)
     x = rows(64, dtype=torch.float32).requires_grad_()
     exact = gradients(layer, plain, x)
-    for inside in (False, True):  # backward outside of autocast, as it should be, and inside
+    # forward by both forms; backward outside of autocast, as it should be, and inside
+    for forward, inside in itertools.product((call, plain), (False, True)):
         with torch.autocast("cpu", dtype):
-            y = layer(x)
+            y = forward(layer, x)
         assert y.dtype == dtype
         weights = torch.linspace(-1, 1, y.numel()).view_as(y)
         with torch.autocast("cpu", dtype, enabled=inside):
@@ -131,7 +154,7 @@ def test_autocast_gives_the_float32_gradients_to_half_precision(name, dtype, mon
 
 
 def test_backward_of_float32_is_float32_in_autocast_too(route):
-    """Some call backward inside of autocast: it must not reach into ours."""
+    """Some users call backward inside of autocast: our backward must not change its type there."""
     layer, x = make(route, torch.float32), rows(64, dtype=torch.float32).requires_grad_()
     exact, *_ = gradients(layer, plain, x)
     y = layer(x)
@@ -144,8 +167,8 @@ def test_backward_of_float32_is_float32_in_autocast_too(route):
 @every_kind
 @pytest.mark.parametrize("N", [3, 700])
 def test_autograd_keeps_the_input_and_nothing_of_the_size_of_a_matrix(kind, N):
-    """Counted in bytes of distinct storages, parameters left out: the input, the factor that the scale
-    is multiplied into, and LoRA's product of rank numbers a row."""
+    """It keeps the input, the factor that holds the scale, and LoRA's rank numbers for each row. The test
+    counts the bytes of different storages, without the parameters'."""
     layer = make(kind, torch.float32)
     layer.linear.requires_grad_(False)
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
@@ -171,7 +194,7 @@ def test_autograd_keeps_the_input_and_nothing_of_the_size_of_a_matrix(kind, N):
 
 
 def products(function):
-    """Multiplications of all matrix products in a call."""
+    """(Multiplications of all matrix products in a call, what it returns)."""
     counts = {torch.ops.aten.addmm_: lambda _, a, b, out_shape=None, **__: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=counts) as counter:
         result = function()
@@ -179,7 +202,7 @@ def products(function):
 
 
 def products_of_step(layer, N, of_x=True):
-    """(forward, backward) of a layer, beside the frozen layer's own."""
+    """Multiplications of a layer's (forward, backward), without the frozen layer's own."""
     layer.linear.requires_grad_(False)
     x = rows(N).requires_grad_(of_x)
     forward, y = products(lambda: layer(x))
@@ -222,7 +245,7 @@ def test_lokr_costs_are_the_products_that_are_done(form, monkeypatch):
 
 
 def test_the_forms_chosen_for_vit_b():
-    """The choices that were measured to be the faster ones, on CPU in float32."""
+    """The model chooses what was measured as faster, on CPU in float32."""
 
     def chosen(N, n_out, n_in, rank, half=False):
         return [
@@ -278,17 +301,9 @@ def test_gradient_checkpointing_and_inference_mode(route):
 
 
 def test_gradients_reach_the_parameters_through_replicas(route):
-    """As nn.DataParallel does: in a replica every parameter is a tensor computed from the original's."""
+    """nn.DataParallel's replica has no parameters, but tensors computed from the layer's parameters."""
     layer, x = make(route), rows(5)
-    replica, linear = (
-        layer._replicate_for_data_parallel(),
-        layer.linear._replicate_for_data_parallel(),
-    )
-    replica._modules["linear"] = linear
-    for module, source in ((replica, layer), (linear, layer.linear)):
-        for name, p in source.named_parameters(recurse=False):
-            setattr(module, name, 2 * p)
-    replica(x).square().sum().backward()
+    doubled_replica(layer)(x).square().sum().backward()
     found = [p.grad.clone() for p in layer.parameters()]
     layer.zero_grad()
     for p in layer.parameters():
@@ -296,6 +311,32 @@ def test_gradients_reach_the_parameters_through_replicas(route):
     layer(x).square().sum().backward()
     for ours, p in zip(found, layer.parameters(), strict=True):
         torch.testing.assert_close(ours, 2 * p.grad, rtol=1e-12, atol=1e-12)
+
+
+def doubled_replica(layer):
+    """A replica as nn.DataParallel makes it, with each parameter doubled."""
+    replica = layer._replicate_for_data_parallel()
+    linear = layer.linear._replicate_for_data_parallel()
+    replica._modules["linear"] = linear
+    for module, source in ((replica, layer), (linear, layer.linear)):
+        for name, p in source.named_parameters(recurse=False):
+            setattr(module, name, 2 * p)
+    return replica
+
+
+@every_kind
+def test_module_dropout_works_in_a_replica(kind):
+    layer, x = make(kind, module_dropout=0.5), rows(5)
+    replica = doubled_replica(layer)
+    twice = copy.deepcopy(layer)
+    for p in twice.parameters():
+        p.data.mul_(2)
+    torch.manual_seed(0)
+    found = [replica(x) for _ in range(20)]
+    torch.manual_seed(0)
+    assert all(torch.equal(y, twice(x)) for y in found)
+    left_out = [torch.equal(y, twice.linear(x)) for y in found]
+    assert any(left_out) and not all(left_out)
 
 
 @every_kind
@@ -315,8 +356,8 @@ class DoubledLinear(nn.Linear):
 
 
 @every_kind
-def test_what_calling_the_frozen_layer_does_still_happens(kind):
-    """Subclasses, hooks and a forward put in place (as accelerate does) are not passed over."""
+def test_subclasses_hooks_and_a_patched_forward_of_the_frozen_layer_still_run(kind):
+    """accelerate patches forward, for example."""
     x, seen = rows(3), []
 
     def hooked(linear):
@@ -344,3 +385,61 @@ def test_what_calling_the_frozen_layer_does_still_happens(kind):
 def test_a_layer_on_meta_gives_shapes(kind):
     layer = make(kind).to("meta")
     assert layer(torch.empty(2, 3, IN, device="meta", dtype=torch.float64)).shape == (2, 3, OUT)
+
+
+class OtherTensor(torch.Tensor):
+    """Quantised weights have such a class."""
+
+
+def with_subclass(layer):
+    layer.linear.__class__ = type("SameLinear", (nn.Linear,), {})
+
+
+def with_other_tensor(layer):
+    layer.linear.weight = nn.Parameter(layer.linear.weight.detach().as_subclass(OtherTensor))
+
+
+# What keeps a layer off the fast form. None of it changes a number: a dropout of 1e-18 drops nothing, and no
+# hook returns anything.
+CHANGES = {
+    "dropout": lambda layer: setattr(layer, "dropout", 1e-18),
+    "subclass": with_subclass,
+    "weight of another tensor class": with_other_tensor,
+    "forward hook": lambda layer: layer.linear.register_forward_hook(lambda *_: None),
+    "forward pre-hook": lambda layer: layer.linear.register_forward_pre_hook(lambda *_: None),
+    "backward hook": lambda layer: layer.linear.register_full_backward_hook(lambda *_: None),
+    "backward pre-hook": lambda layer: layer.linear.register_full_backward_pre_hook(
+        lambda *_: None
+    ),
+    "patched forward": lambda layer: setattr(layer.linear, "forward", layer.linear.forward),
+}
+
+
+def call_and_note(layer, x):
+    """(layer(x), True if it took the fast form)."""
+    fused, notes = sys.modules[type(layer).__module__].fused, []
+    with exchanged(layer, fused=lambda *arguments: notes.append(1) or fused(*arguments)):
+        return layer(x), bool(notes)
+
+
+@every_kind
+@pytest.mark.parametrize("change", CHANGES)
+def test_these_layers_take_the_plain_form_and_give_the_fast_form_s_numbers(kind, change):
+    layer, x = make(kind), rows(5).requires_grad_()
+    expected, fast = call_and_note(layer, x)
+    assert fast, "the control: nothing keeps a new layer off the fast form"
+    wanted = gradients(layer, call, x)
+    CHANGES[change](layer)
+    found, fast = call_and_note(layer, x)
+    assert not fast
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for ours, theirs in zip(gradients(layer, call, x), wanted, strict=True):
+        torch.testing.assert_close(ours.as_subclass(torch.Tensor), theirs, rtol=1e-12, atol=1e-12)
+
+
+@every_kind
+def test_dropout_that_is_off_leaves_the_fast_form_on(kind):
+    layer = make(kind, dropout=0.5)
+    assert not call_and_note(layer, rows(5))[1], "the control: in training it is on"
+    assert call_and_note(layer.eval(), rows(5))[1]
+    assert call_and_note(make(kind, module_dropout=0.5), rows(5))[1]

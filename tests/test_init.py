@@ -12,9 +12,11 @@ from trees import write_image
 
 import export
 import train
+import vit
 from engine import checkpoint
 from engine.adapt import ADAPT
 from engine.config import parse
+from engine.start import begin, read_source
 
 QUICK = "--dataset folder --data-dir pets --epochs 1 --batch-size 4 --workers 0 --lr 1e-30".split()
 
@@ -75,14 +77,14 @@ def test_a_run_s_folder_stands_for_its_adapter(pets, capsys):
     write_adapter("run/adapter.safetensors", "lora", classes=sorted(CLASSES))
     assert train.main([*QUICK, "--init-adapter", "run", "--out", "next"]) == 0
     assert "start: run, its head too" in capsys.readouterr().out
-    assert checkpoint.load_adapter("run")[1]["classes"] == sorted(CLASSES)
+    assert vit.load_adapter("run")[1]["classes"] == sorted(CLASSES)
 
 
 def test_other_classes_get_a_fresh_head(pets, capsys):
     write_adapter("a.safetensors", "lora", classes=sorted(CLASSES))
     flags = [*QUICK, "--data-dir", "other", "--init-adapter", "a.safetensors", "--out", "run"]
     assert train.main(flags) == 0
-    assert "start: a.safetensors, a fresh head: other classes" in capsys.readouterr().out
+    assert "start: a.safetensors, a new head: other classes" in capsys.readouterr().out
     start, end = tensors("a.safetensors"), tensors("run/adapter.safetensors")
     assert end["heads.head.weight"].shape == (4, 128) and start["heads.head.weight"].shape == (
         3,
@@ -93,10 +95,10 @@ def test_other_classes_get_a_fresh_head(pets, capsys):
     # as many classes with other names: their rows would mean something else
     write_adapter("b.safetensors", "lora", classes=["x", "y", "z"])
     assert train.main([*QUICK, "--init-adapter", "b.safetensors", "--out", "named"]) == 0
-    assert "a fresh head" in capsys.readouterr().out
+    assert "a new head" in capsys.readouterr().out
     export.to_peft("b.safetensors", "folder")  # a folder with names
     assert train.main([*QUICK, "--init-adapter", "folder", "--out", "foreign"]) == 0
-    assert "a fresh head" in capsys.readouterr().out
+    assert "a new head" in capsys.readouterr().out
     assert not torch.equal(
         tensors("named/adapter.safetensors")["heads.head.weight"],
         tensors("b.safetensors")["heads.head.weight"],
@@ -108,7 +110,7 @@ def test_a_run_starts_from_what_peft_trained(case, pets, capsys):
     theirs = peft_trained(case, pets)
     assert train.main([*QUICK, "--init-adapter", "folder", "--out", "run"]) == 0
     assert "start: folder, its head too" in capsys.readouterr().out
-    model, info = checkpoint.load_adapter("run/adapter.safetensors")
+    model, info = vit.load_adapter("run/adapter.safetensors")
     assert info["weights"] == str(pets / "trunk") and info["preprocessing"]["mean"] == [0.5] * 3
     images = torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
     with torch.no_grad():
@@ -120,7 +122,7 @@ def test_flags_win_over_the_adapter_and_must_fit_it(pets, capsys):
     write_adapter("a.safetensors", "lora")
     hf_vit().save_pretrained("trunk")
     start = ["--init-adapter", "a.safetensors"]
-    config = parse([*QUICK, *start, "--alpha", "9"])
+    config, _, _ = begin(parse([*QUICK, *start, "--alpha", "9"]))
     assert (config.alpha, config.rank, config.targets) == (9, 3, "query,value")
     for flags, message in [
         ("--rank 5", "expected shape (5, 128), found (3, 128)"),
@@ -146,7 +148,7 @@ def test_a_base_that_is_not_here_is_named_unless_given(pets, capsys):
     flags = ["--init-adapter", "folder", "--weights", "trunk", "--out", "run"]
     assert train.main([*QUICK, *flags]) == 0
     export.to_peft("run/adapter.safetensors", "again", base=str(pets / "trunk"))
-    assert export.start_settings("again")["weights"] == str(pets / "trunk")
+    assert read_source("again").settings["weights"] == str(pets / "trunk")
 
 
 def test_a_run_goes_on_without_what_it_started_from(pets, stop_after):

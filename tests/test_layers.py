@@ -42,7 +42,7 @@ def test_other_factors_start_as_nn_linear_does(kind):
 
 
 @every_form
-def test_names_and_shapes_are_the_field_s(form):
+def test_names_and_shapes_are_those_of_other_libraries(form):
     shapes = {name: tuple(p.shape) for name, p in parameters(make(form)).items()}
     assert (
         shapes
@@ -156,14 +156,18 @@ def test_dropout_falls_on_the_adapter_s_input_alone(kind):
     dropped = F.dropout(x, 0.5)
     expected = layer.linear(x) + dropped @ layer.delta_weight().T
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    both = layer.linear(dropped) + dropped @ layer.delta_weight().T
+    assert not torch.allclose(out, both), "the control: the frozen layer gets all of x"
     layer.eval()
     torch.testing.assert_close(layer(x), layer.merge()(x), rtol=0, atol=1e-12)
 
 
 @every_kind
 def test_module_dropout_leaves_the_whole_update_out_but_keeps_its_gradient(kind):
-    layer = make(kind, module_dropout=0.25)
+    layer = make(kind, module_dropout=0.25, alpha=0.7)  # a scale that float32 would round
     x = torch.randn(2, IN, dtype=torch.float64)
+    exact = layer.eval()(x)
+    layer.train()
     plain, full = layer.linear(x), layer.linear(x) + x @ layer.delta_weight().T
     torch.manual_seed(0)
     left_out = 0
@@ -176,10 +180,32 @@ def test_module_dropout_leaves_the_whole_update_out_but_keeps_its_gradient(kind)
             assert all(p.grad is not None and not p.grad.any() for p in parameters(layer).values())
         else:
             torch.testing.assert_close(out, full, rtol=0, atol=1e-12)
+            assert torch.equal(out, exact), "where the update stays, its scale is exact"
     assert 70 < left_out < 130  # 100 +- 8.7 expected
     layer.eval()
     for _ in range(40):
         torch.testing.assert_close(layer(x), full, rtol=0, atol=1e-12)
+
+
+@every_kind
+def test_both_dropouts_together(kind):
+    """module_dropout draws its number first; then dropout draws those of x."""
+    layer = make(kind, dropout=0.5, module_dropout=0.4, alpha=0.7)
+    x = torch.randn(6, IN, dtype=torch.float64)
+    update = layer.delta_weight().T
+    kept = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        out = layer(x)
+        torch.manual_seed(seed)
+        kept.append(bool(torch.rand(()) >= 0.4))
+        expected = layer.linear(x) + kept[-1] * (F.dropout(x, 0.5) @ update)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        layer.zero_grad()
+        out.sum().backward()
+        for p in parameters(layer).values():
+            assert p.grad is not None and bool(p.grad.any()) == kept[-1]
+    assert any(kept) and not all(kept)
 
 
 @every_kind
@@ -233,6 +259,16 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.unpacked(), self.bias)
+
+
+@every_kind
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_adapter_has_the_sizes_of_its_layer(kind, packed):
+    """A packed weight has another shape."""
+    linear = PackedLinear() if packed else nn.Linear(IN, OUT)
+    layer = KINDS[kind](linear)
+    assert (layer.in_features, layer.out_features) == (IN, OUT)
+    assert (linear.in_features, linear.out_features) == (IN, OUT)
 
 
 @every_kind

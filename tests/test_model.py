@@ -19,7 +19,13 @@ import attention
 from lora import LoRALinear, mark_trainable, merge, replace_linear
 
 MODULES = {name: importlib.import_module(name) for name in ("lora", "loha", "lokr")}
-SHARED = ("is_plain", "fused", "replace_linear", "mark_trainable", "merge")
+# The functions that have the same text in lora.py, loha.py and lokr.py, in their order. FAST, below the
+# ruler, change no number.
+METHOD = ("replace_linear", "mark_trainable", "merge", "check_arguments", "new_factor")
+METHOD += ("current_scale", "merged_layer", "merged_weight")
+FAST = ("can_fuse", "fused", "factor_gradient")
+SHARED = METHOD + FAST
+RULER = "# ---- The same numbers, faster"
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -174,14 +180,14 @@ def test_a_wrap_that_fails_leaves_the_model_as_it_was():
     assert not any(hasattr(m, "delta_weight") for m in model.modules())
 
 
-def test_a_layer_at_two_places_gets_one_adapter_at_both():
+def test_a_shared_layer_gets_one_adapter_under_all_its_names():
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": shared, "second": shared})
     assert replace_linear(model, FORMS["lora"]) == ["first", "second"]
     assert model["first"] is model["second"]
     merge(model)
     assert type(model["first"]) is nn.Linear
-    assert model["first"] is model["second"], "what was one layer stays one layer"
+    assert model["first"] is model["second"], "a shared layer stays shared"
 
 
 def test_merged_layers_are_as_frozen_as_the_layers_they_come_from():
@@ -223,7 +229,83 @@ def test_shared_functions_are_the_same_text(name):
     assert not calls & {"LoRALinear", "LoHaLinear", "LoKrLinear"}, "helpers know delta_weight alone"
 
 
-@pytest.mark.parametrize("name", ["forward", "merge", "weight", "bias", "extra_repr"])
+def parts(name):
+    """(source, {top-level function or class: its node}) of an adapter file, in the file's order."""
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    nodes = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    return source, {node.name: node for node in nodes}
+
+
+def ruler(source):
+    """The number of the line below which a reader may stop."""
+    (number,) = [i for i, line in enumerate(source.splitlines(), 1) if line.startswith(RULER)]
+    return number
+
+
+def test_the_shared_part_of_the_files_is_the_same_text():
+    """Comments and blank lines too, from the comment above replace_linear to the end of factor_gradient."""
+    texts = set()
+    for name in MODULES:
+        source, nodes = parts(name)
+        lines = source.splitlines()
+        starts = [i for i, s in enumerate(lines) if s.startswith("# How to put it into a model")]
+        assert len(starts) == 1
+        end = nodes["factor_gradient"].end_lineno
+        texts.add("\n".join(lines[starts[0] : end]))
+        inside = [n for n, node in nodes.items() if starts[0] < node.lineno <= end]
+        assert inside == list(SHARED)
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_each_file_has_its_parts_in_the_same_order(name):
+    """The method comes first, then what puts it into a model, then the ruler, then the fast form."""
+    source, nodes = parts(name)
+    order, line = list(nodes), {n: node.lineno for n, node in nodes.items()}
+    layer = KINDS[name].func.__name__
+    (function,) = [n for n in order if "Function" in ast.unparse(nodes[n]).splitlines()[0]]
+    assert order[0] == layer
+    wanted = [layer, *METHOD, *FAST, function]
+    assert sorted(wanted, key=order.index) == wanted
+    assert line["merged_weight"] < ruler(source) < line["can_fuse"]
+
+
+@pytest.mark.parametrize(("name", "last"), [("lora", 60), ("loha", 60), ("lokr", 80)])
+def test_a_reader_has_seen_the_whole_method_by_this_line(name, last):
+    _, nodes = parts(name)
+    layer = nodes[KINDS[name].func.__name__]
+    (forward,) = [n for n in layer.body if getattr(n, "name", "") == "forward"]
+    assert forward.end_lineno <= last
+
+
+class PlainForm(ast.NodeTransformer):
+    """Take out each `if can_fuse(self): ...`."""
+
+    def visit_If(self, node):
+        return None if ast.unparse(node.test) == "can_fuse(self)" else self.generic_visit(node)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_method_needs_nothing_from_below_the_ruler(name):
+    """The whole file up to the ruler works alone, once the fast form is taken out of forward."""
+    source, nodes = parts(name)
+    number = ruler(source)
+    above = "\n".join(source.splitlines()[:number])
+    below = {n for n, node in nodes.items() if node.lineno > number}
+
+    def uses(tree):
+        return below & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+
+    assert uses(ast.parse(above)) >= {"can_fuse", "fused"}, "the control: the fast form is used"
+    method = ast.unparse(ast.fix_missing_locations(PlainForm().visit(ast.parse(above))))
+    assert not uses(ast.parse(method))
+    use_pasted([method], [name])
+
+
+MEMBERS = ("merge", "in_features", "out_features", "weight", "bias", "extra_repr")
+
+
+@pytest.mark.parametrize("name", MEMBERS)
 def test_shared_methods_are_the_same_text(name):
     members = [vars(kind.func)[name] for kind in KINDS.values()]
     functions = [m.fget if isinstance(m, property) else m for m in members]

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data
 import spectra
 import train
+import vit
 from engine import checkpoint, pictures
 from engine.config import Config
 from engine.run import Stopped
@@ -32,7 +33,7 @@ LONG = "runs/demo-lora-0-20260101-120000/" * 5 + NAMES[-1]
 
 def plain_counts(file, split):
     """How often each class is said of each, image by image."""
-    model, info = checkpoint.load_adapter(file)
+    model, info = vit.load_adapter(file)
     counts = torch.zeros(2 * [len(info["classes"])], dtype=torch.int32)
     for images, labels in data.batches(split, 1, info["preprocessing"], workers=0):
         with torch.no_grad():
@@ -77,7 +78,7 @@ def three_epochs(tmp_path, monkeypatch):
 
 def test_confusion_is_that_of_the_best_epoch_and_outlives_a_stop(three_epochs):
     folder, _ = three_epochs
-    counts = checkpoint.read_resume(folder / "last.pt")["best_counts"]
+    counts = checkpoint.read_resume(folder / "last.pt")["extra"]["confusion"]
     wanted = plain_counts(folder / "adapter.safetensors", data.load("demo", limit=48).val)
     assert torch.equal(counts, wanted)
     assert wanted.sum() == 48 and wanted.diagonal().sum() < 40, "there is confusion to count"
@@ -86,7 +87,7 @@ def test_confusion_is_that_of_the_best_epoch_and_outlives_a_stop(three_epochs):
 def test_tensorboard_has_the_norms_of_each_epoch_and_the_pictures(three_epochs):
     folder, norms = three_epochs
     events = EventAccumulator(str(folder), {"histograms": 0}).Reload()  # 0: all
-    histograms = events.Histograms("delta_w/relative_norm")
+    histograms = events.Histograms("weights/relative_update")
     assert [event.step for event in histograms] == [6, 12, 18]
     for event, wanted in zip(histograms, norms, strict=True):
         found, wanted = event.histogram_value, np.array(wanted)

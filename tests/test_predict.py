@@ -14,7 +14,7 @@ from trees import write_image
 
 import data
 import predict
-from engine import checkpoint
+import vit
 from engine.images import Split
 
 
@@ -36,7 +36,7 @@ def photos(tmp_path, monkeypatch):
 
 def probabilities(files):
     """What evaluation in training makes of the files: (files, classes)."""
-    model, info = checkpoint.load_adapter("a.safetensors")
+    model, info = vit.load_adapter("a.safetensors")
     split = Split(np.zeros(len(files), np.int64), files)
     images, _ = next(data.batches(split, len(files), info["preprocessing"], workers=0))
     with torch.no_grad():

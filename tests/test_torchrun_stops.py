@@ -23,13 +23,14 @@ import os, signal, sys, time
 
 sys.path.insert(0, {str(ROOT)!r})
 import train
+from engine import devices
 
 whole, steps = train.train_step, []
 
 
 def step(*arguments):
     steps.append(1)
-    if train.rank() == {who} and len(steps) == {n}:
+    if devices.process() == {who} and len(steps) == {n}:
 {textwrap.indent(textwrap.dedent(action), 8 * " ")}
     return whole(*arguments)
 
@@ -45,7 +46,7 @@ sys.exit(train.main(sys.argv[1:]))
 STOP = """
 os.kill(os.getppid(), signal.SIGTERM)
 signals, end = signal.getsignal(signal.SIGTERM).__self__, time.monotonic() + 60
-while not signals.asked:
+while not signals.received:
     assert time.monotonic() < end
     time.sleep(0.01)
 """
@@ -58,11 +59,11 @@ def test_processes_that_are_stopped_go_on_bit_for_bit(tmp_path, torchrun):
     stops = in_step(tmp_path, 0, 6, STOP)
     status, _, error = torchrun(*flags, "--out", "run", processes=3, script=stops)
     assert status != 0
-    assert "train.py: stopped by SIGTERM after step 6; last.pt stands at step 6;" in error
+    assert "train.py: stopped by SIGTERM after step 6; last.pt is at step 6;" in error
     for name, resume in (("run", ["--resume"]), ("unbroken", [])):
         status, said, error = torchrun(*flags, "--out", name, *resume, processes=3)
         assert status == 0, error
-        assert ("goes on after step 6 of 16" in said) == bool(resume)
+        assert ("resumes after step 6 of 16" in said) == bool(resume)
     assert curves(tmp_path / "run") == curves(tmp_path / "unbroken")
     a, b = (checkpoint.read_resume(tmp_path / n / "last.pt") for n in ("run", "unbroken"))
     assert all(torch.equal(a["tensors"][key], b["tensors"][key]) for key in b["tensors"])

@@ -156,7 +156,7 @@ def test_an_adapter_remembers_the_eps_of_its_trunk(tmp_path):
         info |= {"preprocessing": preprocessing, "eps": built.encoder.ln.eps}
         path = tmp_path / f"{adapter}.safetensors"
         checkpoint.save_adapter(path, built, info)
-        loaded, _ = checkpoint.load_adapter(path)
+        loaded, _ = vit.load_adapter(path)
         assert loaded.encoder.layers[2].ln_1.eps == 1e-3
         assert torch.equal(loaded(images()), built.eval()(images()))
     again, _ = vit.build("vit_mini", str(path), 3)  # the fully trained model as a trunk

@@ -1,0 +1,171 @@
+"""What a run of train.py starts from: nothing, an adapter (--init-adapter), or last.pt (--resume).
+
+Each file is read once, here, and its content is passed on.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+import vit
+from engine import checkpoint, devices
+from engine.adapt import ADAPT, adapt, check_rank
+from engine.config import Config, check, check_sizes, refuse_changes
+from engine.files import read_json
+from engine.images import keep
+from engine.peft_folder import CONFIG, expected, fill
+from engine.peft_vit import labels_in, names_in, read_vit, renamed, targets_of, weights_of
+from engine.run import Run, check_folder, make_folder, read_last, refuse_others
+
+# The settings that an adapter brings along. A flag overrides them.
+SETTLED = (*ADAPT, "model", "weights", "image_size")
+
+
+@dataclass
+class Source:
+    """An adapter to start from, as its file or PEFT folder holds it."""
+
+    path: str
+    settings: dict  # the fields SETTLED of Config
+    tensors: dict[str, torch.Tensor]  # by our names, or by PEFT's
+    classes: list[str] | None  # None: a PEFT folder without names
+    images: dict  # mean, std and crop of the images it was trained on, as far as they are known
+    info: dict | None = None  # of an adapter file; None for a PEFT folder
+
+
+def prepare(config: Config) -> Run:
+    """Check the config, load data and trunk, adapt the trunk, and make the run's folder.
+
+    Raises OSError or ValueError in one line, before the folder is made.
+    """
+    config, last, source = begin(config)
+    check_folder(config)
+    device = devices.pick_device(devices.join(config.device))
+    dtype = devices.pick_dtype(config.amp, device)
+    devices.keep_freed_memory(device)
+    checkpoint.seed_generators(config.seed)
+    c = config
+    with devices.in_turn():
+        dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
+        check_sizes(config, len(dataset.train), dataset.test is not None)
+        model, preprocessing = vit.build(
+            c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
+        )
+        settings = {key: getattr(config, key) for key in ADAPT}
+        dropouts = {"dropout": c.adapter_dropout, "module_dropout": c.module_dropout}
+        trainable, total = adapt(model, **settings, **dropouts)
+        check_rank(model, config.rank)
+        if last:  # images are prepared as before, wherever the weights are now
+            preprocessing |= last["identity"]["preprocessing"]
+        elif source:
+            message, images = load_source(source, model, dataset.classes)
+            preprocessing |= images
+            print(message)
+        cache = c.cache_dir or (Path(c.out).parent if c.out else Path("runs")) / "cache"
+        for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
+            keep(split, cache, preprocessing["image_size"], c.cache, c.workers)
+    trunk = checkpoint.fingerprint(model)
+    shared = {"classes": dataset.classes, "trunk": trunk, "preprocessing": preprocessing}
+    info = {**settings, "model": c.model, "weights": vit.full_name(c.weights), "seed": c.seed}
+    info |= {"eps": model.encoder.ln.eps, **shared}
+    identity = {"images": [len(dataset.train), len(dataset.val)], **shared}
+    refuse_others(config, identity, last)
+    unreadable = [split.bad for split in (dataset.train, dataset.val)]
+    if last:
+        for bad, known in zip(unreadable, last["extra"]["unreadable"], strict=True):
+            bad.update(known)
+    folder, lock = make_folder(config, last)
+    return Run(
+        config=config,
+        dataset=dataset,
+        model=model,
+        info=info,
+        identity=identity,
+        trainable=trainable,
+        total=total,
+        device=device,
+        dtype=dtype,
+        folder=folder,
+        lock=lock,
+        last=last,
+        extra={"unreadable": unreadable},
+    )
+
+
+def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
+    """The config with the settings of what the run starts from; the content of last.pt; the adapter.
+
+    Raises OSError or ValueError if a file cannot be read, or a setting cannot work.
+    """
+    last = read_last(config)
+    source, settings = None, {}
+    config, given = copy.copy(config), config.given
+    if last:
+        # A resumed run does not read --init-adapter again, whose file may be gone: last.pt has its settings.
+        previous = last["config"]
+        if previous.get("init_adapter"):
+            config.init_adapter = previous["init_adapter"]
+            settings = {key: previous[key] for key in SETTLED}
+    elif config.init_adapter:
+        source = read_source(config.init_adapter)
+        settings = source.settings
+    for key, value in settings.items():
+        if key not in given:
+            setattr(config, key, value)
+    check(config)
+    vit.check_weights(config.weights)
+    if last:
+        refuse_changes(config, previous)
+    return config, last, source
+
+
+def read_source(path: str) -> Source:
+    """Read an adapter file (or the folder of its run) or a PEFT folder of Hugging Face's ViT."""
+    folder = Path(path)
+    if not folder.is_dir() or (folder / checkpoint.ADAPTER_FILE).is_file():
+        tensors, info = checkpoint.read_adapter(path)
+        settings = info | {"image_size": info["preprocessing"]["image_size"]}
+        settings = {key: settings[key] for key in SETTLED}
+        return Source(path, settings, tensors, info["classes"], info["preprocessing"], info)
+    model, layers, settings, tensors = read_vit(folder)
+    with torch.device("meta"):
+        bare, _ = vit.build(model, "none")
+    settings["targets"] = targets_of(bare, layers)
+    try:
+        weights = weights_of(folder)
+    except ValueError:  # not on this machine: check_weights says so, unless --weights is given
+        weights = str(read_json(folder / CONFIG).get("base_model_name_or_path"))
+    images = vit.preprocessing_in(folder)
+    settings |= {"model": model, "weights": weights, "image_size": images.get("image_size")}
+    return Source(path, settings, tensors, labels_in(folder) or None, images)
+
+
+def load_source(source: Source, model: nn.Module, classes: list[str]) -> tuple[str, dict]:
+    """Copy an adapter into a model that was adapted the same way.
+
+    The head is copied if it has these classes (or as many, if the folder has no names); else it stays new.
+    Returns a message, and the mean, std and crop that the adapter wants.
+    Raises ValueError, naming file and key, if a tensor does not fit.
+    """
+    if source.info:
+        own, head = dict(model.named_parameters()), "heads.head."
+    else:
+        names, head = names_in(source.tensors, source.settings["model"]), "classifier."
+        own = {renamed(key, names): p for key, p in expected(model).items()}
+    same = source.classes == classes
+    if source.classes is None:
+        same = len(source.tensors["classifier.weight"]) == len(classes)
+    tensors = source.tensors
+    if not same:
+        tensors = {k: own.get(k, t) if k.startswith(head) else t for k, t in tensors.items()}
+    if source.info:
+        checkpoint.restore(model, tensors, source.info, source.path)
+    else:
+        fill(own, tensors, source.path)
+    message = f"start: {source.path}, " + ("its head too" if same else "a new head: other classes")
+    images = {key: source.images[key] for key in ("mean", "std", "crop") if key in source.images}
+    return message, images
