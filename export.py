@@ -1,12 +1,12 @@
-"""Adapters of Vision Transformers travel: to PEFT and back, and merged into stock torchvision.
+"""Convert a ViT's adapter file to a PEFT folder and back, or merge it into a plain torchvision file.
 
     python export.py runs/x/adapter.safetensors --to peft FOLDER          # opens with PeftModel
-    python export.py runs/x/adapter.safetensors --to torchvision FILE     # plain torchvision, merged
-    python export.py mine.safetensors --from peft FOLDER                  # one that PEFT trained, too
+    python export.py runs/x/adapter.safetensors --to torchvision FILE     # merged, for plain torchvision
+    python export.py mine.safetensors --from peft FOLDER                  # also a folder that PEFT trained
 
-PEFT finds a layer by its name, and transformers 5 has other names for a ViT's layers than older versions. So
-a folder holds each tensor under both, and PEFT takes those that it finds. For any other model there are
-save_peft and load_peft, of peft_folder.py.
+PEFT finds layers by name, and transformers 5 renamed a ViT's layers. So a folder holds each tensor under
+both names, and PEFT loads those that it finds. For any other model, call save_peft and load_peft of
+engine/peft_folder.py.
 """
 
 import os
@@ -42,31 +42,31 @@ def to_peft(
 ) -> None:
     """Write an adapter file as a PEFT folder for Hugging Face's ViT, with class names and preprocessing.
 
-    weights: where the trunk's weights are now, if not where they were in training.
-    base: the Hugging Face model, by name or folder, that holds the trunk. By default google's in21k for an
-        adapter that was trained on it; any other trunk is written to FOLDER/base.
-    Raises OSError or ValueError for a file that cannot be read, or that holds no adapter.
+    weights: the pretrained weights, if they have moved since training.
+    base: the Hugging Face model (name or folder) with these weights. By default google's in21k for an
+        adapter trained on it; any other weights are written to FOLDER/base.
+    Raises OSError or ValueError if the file cannot be read or holds no adapter.
     """
     model, info = vit.load_adapter(path, weights)
     folder, name = Path(folder), info["model"]
     if info["adapter"] not in ADAPTERS:
         raise ValueError(
-            f"{path}: adapter: expected one of {', '.join(ADAPTERS)}, found {info['adapter']!r}; PEFT has "
-            "no such kind, --to torchvision takes it"
+            f"{path}: adapter: expected one of {', '.join(ADAPTERS)}, found {info['adapter']!r}; for "
+            "other kinds, use --to torchvision"
         )
     if not base and info["weights"] == "in21k" and info["preprocessing"]["image_size"] == 224:
         base = vit.IN21K
     tensors, adapters = trained(model, "heads.head")
-    both, chosen, others = {}, [], ["vit.pooler.dense"]
+    renamed_tensors, targets, others = {}, [], ["vit.pooler.dense"]
     for layout in ("hf", "hf5"):
         names = hf_names(name, layout)
-        both |= {renamed(key, names): tensor.clone() for key, tensor in tensors.items()}
-        chosen += [names[layer] for layer in adapters]
+        renamed_tensors |= {renamed(key, names): tensor.clone() for key, tensor in tensors.items()}
+        targets += [names[layer] for layer in adapters]
         others += [theirs for ours, theirs in names.items() if ours not in adapters]
-    where = base or str((folder / "base").absolute())
+    location = base or str((folder / "base").absolute())
     config = hf_config(info, model.encoder.ln.eps)
 
-    def beside() -> None:
+    def write_extras() -> None:
         write_json(folder / LABELS, config["id2label"])
         write_json(folder / "preprocessor_config.json", hf_preprocessing(info["preprocessing"]))
         if not base:
@@ -75,11 +75,12 @@ def to_peft(
             with atomic(folder / "base" / "model.safetensors") as temporary:
                 temporary.write_bytes(save(hf_trunk(model, name), {"format": "pt"}))
 
-    write_peft(folder, info, endings(chosen, others), ["classifier"], both, where, beside)
+    ends = endings(targets, others)
+    write_peft(folder, info, ends, ["classifier"], renamed_tensors, location, write_extras)
 
 
 def hf_trunk(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The frozen trunk under the names of Hugging Face's files."""
+    """The frozen trunk's tensors under Hugging Face's names."""
     names = hf_names(name, "hf")
     adapters = {n for n, m in model.named_modules() if hasattr(m, "delta_weight")}
     keys = {
@@ -93,7 +94,7 @@ def hf_trunk(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
 
 
 def hf_config(info: dict, eps: float) -> dict:
-    """config.json of Hugging Face's ViTForImageClassification."""
+    """The content of config.json for Hugging Face's ViTForImageClassification."""
     shape, classes = vit.MODELS[info["model"]], info["classes"]
     return {
         "model_type": "vit",
@@ -111,7 +112,7 @@ def hf_config(info: dict, eps: float) -> dict:
 
 
 def hf_preprocessing(preprocessing: dict) -> dict:
-    """preprocessor_config.json. CLIP's processor is the one of which every version crops the centre."""
+    """The content of preprocessor_config.json. CLIP's processor crops the centre in every version."""
     size = preprocessing["image_size"]
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -131,15 +132,15 @@ def hf_preprocessing(preprocessing: dict) -> dict:
 def from_peft(
     folder: str | Path, path: str | Path, weights: str | None = None, classes: str | None = None
 ) -> dict:
-    """Write the adapter of a PEFT folder for Hugging Face's ViT as an adapter file; return its info.
+    """Write the adapter of a PEFT folder for Hugging Face's ViT as an adapter file; return its metadata.
 
-    weights: the trunk, a name or a file. By default what base_model_name_or_path says.
-    classes: names with commas, or a file with one on each line. By default those of FOLDER/id2label.json
-        or FOLDER/config.json.
-    Raises OSError or ValueError, naming file and key, for what is missing, a variant or does not fit.
+    weights: the pretrained weights, a name or a file. By default, base_model_name_or_path names them.
+    classes: comma-separated names, or a file with one per line. By default those of
+        FOLDER/id2label.json or FOLDER/config.json.
+    Raises OSError or ValueError, naming file and key, if a part is missing, unsupported or does not fit.
     """
     if Path(path).exists():
-        raise ValueError(f"{path}: exists already; name another file or remove it")
+        raise ValueError(f"{path}: already exists; name another file or remove it")
     if not Path(path).absolute().parent.is_dir():
         raise FileNotFoundError(f"{Path(path).parent}: no such folder; make it first")
     folder = Path(folder)
@@ -148,8 +149,8 @@ def from_peft(
         weights = str(Path(weights).absolute())
     info = {"model": name, "weights": weights or weights_of(folder), "seed": 0}
     info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
-    known = vit.preprocessing_in(folder)
-    size = known.get("image_size")
+    saved = vit.preprocessing_in(folder)
+    size = saved.get("image_size")
     model, preprocessing = vit.build(name, info["weights"], len(info["classes"]), size)
     settings = {"factor": -1, "decompose_both": False, **settings}
     settings["targets"] = targets_of(model, layers)
@@ -157,36 +158,37 @@ def from_peft(
     names = names_in(tensors, name)
     fill({renamed(key, names): p for key, p in expected(model).items()}, tensors, folder)
     info |= {**settings, "trunk": checkpoint.fingerprint(model), "eps": model.encoder.ln.eps}
-    info["preprocessing"] = {**preprocessing, **known}
+    info["preprocessing"] = {**preprocessing, **saved}
     checkpoint.save_adapter(path, model, info)
     return info
 
 
 def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
-    """The names of the n classes, as given or out of the folder."""
+    """The names of the n classes: those given, or else the folder's."""
     if classes is not None:
         text = classes.split(",")
-        if os.path.isfile(classes):  # Path.is_file refuses a text that is too long for a name
+        if os.path.isfile(classes):  # Path.is_file raises OSError for a long text
             text = Path(classes).read_text("utf-8").strip().split("\n")
         names = [name.strip() for name in text]
     else:
         names = labels_in(folder)
     if len(names) != n:
         raise ValueError(
-            f"{folder}: expected the names of its {n} classes, found {len(names)}; name them with --classes "
-            "(with commas, or a file with one on each line, in the order of training)"
+            f"{folder}: expected the names of its {n} classes, found {len(names)}; give them with --classes "
+            "in the order of training: comma-separated, or a file with one per line"
         )
     return names
 
 
 def to_torchvision(path: str | Path, file: str | Path, weights: str | None = None) -> str:
-    """Merge an adapter file into its trunk and write torchvision's state dict: .safetensors, else .pth.
+    """Write an adapter, merged into its pretrained weights, as a torchvision state dict.
 
-    weights: where the trunk's weights are now, if not where they were in training.
-    Returns the Python expression of the model into which the state dict loads with strict=True.
+    file: in safetensors' format if its name ends in .safetensors, otherwise in torch.save's.
+    weights: the pretrained weights, if they have moved since training.
+    Returns a Python expression of the model that loads the file with strict=True.
     """
     if Path(file).exists():
-        raise ValueError(f"{file}: exists already; name another file or remove it")
+        raise ValueError(f"{file}: already exists; name another file or remove it")
     if not Path(file).absolute().parent.is_dir():
         raise FileNotFoundError(f"{Path(file).parent}: no such folder; make it first")
     model, info = vit.load_adapter(path, weights)
@@ -196,12 +198,11 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
         if Path(file).suffix == ".safetensors":
             temporary.write_bytes(save(state, {"format": "pt"}))
         else:
-            with open(
-                temporary, "wb"
-            ) as opened:  # which has OSErrors, where torch has RuntimeErrors
-                torch.save(state, opened)
+            # Not torch.save(state, path): it would raise RuntimeError where open raises OSError.
+            with open(temporary, "wb") as stream:
+                torch.save(state, stream)
     arguments = [f"num_classes={len(info['classes'])}"]
-    if eps != vit.EPS:  # a state dict cannot say it
+    if eps != vit.EPS:  # a state dict does not store it
         arguments.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps})")
     if info["model"] == "vit_b_16":
         arguments += [f"image_size={size}"] if size != 224 else []
@@ -213,35 +214,35 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
 
 def run(argv: list[str] | None) -> None:
     parser = Parser(
-        description="Convert adapter files to PEFT folders and torchvision files, and back."
+        description="Convert adapter files to PEFT folders and back, or to torchvision files."
     )
     add = parser.add_argument
-    add("adapter", help="the adapter file; with --from, where to write it")
+    add("adapter", help="the adapter file to read; with --from, to write")
     add("--to", nargs=2, metavar=("KIND", "PATH"), help="peft FOLDER, or torchvision FILE")
     add("--from", nargs=2, metavar=("KIND", "PATH"), dest="source", help="peft FOLDER")
-    add("--weights", help="the trunk: a name or a file (default: where it was in training)")
-    add("--base", default="", help="to peft: the Hugging Face model that holds the trunk")
-    add("--classes", help="from peft: the class names, with commas or as a file of lines")
-    given = parser.parse_args(argv)
-    if (given.to is None) == (given.source is None):
+    add("--weights", help="the pretrained weights: a name or a file (default: as in training)")
+    add("--base", default="", help="for --to peft: the Hugging Face model with these weights")
+    add("--classes", help="for --from peft: comma-separated names, or a file with one per line")
+    arguments = parser.parse_args(argv)
+    if (arguments.to is None) == (arguments.source is None):
         parser.error("expected either --to or --from")
-    kind, path = given.to or given.source
-    if given.to and kind == "peft":
-        to_peft(given.adapter, path, given.weights, given.base)
+    kind, path = arguments.to or arguments.source
+    if arguments.to and kind == "peft":
+        to_peft(arguments.adapter, path, arguments.weights, arguments.base)
         print(f"PEFT folder: {path}")
-    elif given.to and kind == "torchvision":
-        print(f"{path} loads into {to_torchvision(given.adapter, path, given.weights)}")
-    elif given.source and kind == "peft":
-        info = from_peft(path, given.adapter, given.weights, given.classes)
-        shown = {key: info[key] for key in ("rank", "alpha", "targets", "weights")}
-        print(f"{given.adapter}: {info['adapter']}, {len(info['classes'])} classes, {shown}")
+    elif arguments.to and kind == "torchvision":
+        print(f"{path} loads into {to_torchvision(arguments.adapter, path, arguments.weights)}")
+    elif arguments.source and kind == "peft":
+        info = from_peft(path, arguments.adapter, arguments.weights, arguments.classes)
+        summary = {key: info[key] for key in ("rank", "alpha", "targets", "weights")}
+        print(f"{arguments.adapter}: {info['adapter']}, {len(info['classes'])} classes, {summary}")
     else:
-        flag, known = ("--to", "peft or torchvision") if given.to else ("--from", "peft")
-        parser.error(f"{flag} {kind}: expected {known}")
+        flag, kinds = ("--to", "peft or torchvision") if arguments.to else ("--from", "peft")
+        parser.error(f"{flag} {kind}: expected {kinds}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert as the command line says; 0, or 2 after one line on stderr for what cannot work."""
+    """Run the command line. Returns 0, or 2 after one line on stderr."""
     try:
         run(argv)
     except (ValueError, OSError) as error:

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from engine import checkpoint, devices, pictures
-from engine.adapt import ADAPTERS, relative_norms
-from engine.config import FREE, RECIPES, Config, parse
+from engine.adapt import relative_norms
+from engine.config import Config, hyperparameters, parse
 from engine.devices import process, processes
 from engine.images import progress
 from engine.run import Run, Stopped
@@ -180,13 +180,9 @@ def finish(run: Run, forward: nn.Module) -> dict:
         list_unreadable(run)
         print(f"Test Accuracy: {figures['test_accuracy']:.2%}")
     run.log.save()  # the curves are drawn from it
-    drawn = run.attempt("pictures", lambda: draw(run))
-    names = ("predictions.png", "confusion.png") if drawn else ()
-    chosen = {*RECIPES[config.recipe], *config.given} - {*FREE}
-    settings = {
-        key: getattr(config, key) for key in sorted(chosen) if getattr(config, key) is not None
-    }
-    run.log.close(settings, metrics, [run.folder / n for n in names if (run.folder / n).exists()])
+    drawn = run.attempt("pictures", lambda: pictures.draw_run(run, *sample(run)))
+    files = {f"val/{name}": run.folder / f"{name}.png" for name in ("confusion", "predictions")}
+    run.log.close(hyperparameters(config), metrics, files if drawn else {})
     if checkpoint.ADAPTER_FILE in run.unwritten and not run.save_adapter():
         file = run.folder / checkpoint.ADAPTER_FILE
         raise ValueError(f"{file}: cannot be written; make room and {run.how_to_resume()}")
@@ -198,25 +194,13 @@ def finish(run: Run, forward: nn.Module) -> dict:
     return {**run.result, "run_dir": str(run.folder)}
 
 
-def draw(run: Run) -> None:
-    """curves.png; confusion.png of the best epoch; predictions.png, its answers for 24 validation images."""
-    config, classes = run.config, run.dataset.classes
-    what = pictures.NAMES[config.adapter]
-    what += f" rank {config.rank}" if config.adapter in ADAPTERS else ""
-    title = f"{config.dataset}, {what}: {run.trainable:,} trainable parameters"
-    pictures.plot_curves(run.folder / "metrics.csv", run.folder / "curves.png", title)
-    title = f"{config.dataset}, {what}: validation accuracy {run.best['val_accuracy']:.1%}"
-    confusion = run.extra["confusion"]
-    if confusion.any():
-        pictures.plot_confusion(confusion, classes, run.folder / "confusion.png", title)
+def sample(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """24 validation images, the model's logits for them, and their labels."""
     few = run.dataset.val.rows(data.even_rows(run.dataset.val.labels, 24))
-    preprocessing = run.info["preprocessing"]
-    images, labels = next(iter(data.batches(few, 24, preprocessing, run.device, workers=0)))
+    batches = data.batches(few, 24, run.info["preprocessing"], run.device, workers=0)
+    images, labels = next(iter(batches))
     with torch.inference_mode():
-        logits = run.model(images).float().cpu()
-    images = pictures.colours(images.cpu(), preprocessing)
-    file = run.folder / "predictions.png"
-    pictures.plot_predictions(images, logits, labels.cpu(), classes, file, title)
+        return images.cpu(), run.model(images).float().cpu(), labels.cpu()
 
 
 def count_confusion(pairs: torch.Tensor, confusion: torch.Tensor) -> None:
@@ -259,12 +243,9 @@ def train(config: Config) -> dict:
     try:
         result = fit(prepare(config))
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{reason[:200]}; if memory is short, try --workers 0") from None
-        if not devices.out_of_memory(error):
-            raise
-        raise ValueError(devices.memory_advice(config, error)) from None
+        if advice := devices.memory_advice(config, error):
+            raise ValueError(advice) from None
+        raise
     devices.leave()
     return result
 

@@ -34,7 +34,7 @@ class Config:
     dataset: str = option("demo", "data set", DATASETS)
     data_dir: str | None = option(None, "folder of the data set (default: search known places)")
     limit: int | None = option(None, "use at most this many images of each split")
-    classes: str | None = option(None, "train on these classes only, names with commas")
+    classes: str | None = option(None, "train on these classes only: names, separated by commas")
     download: bool = option(False, "download the data set if it is missing (food101, cifar100)")
     holdout: float = option(0.0, "validate on this fraction of the training images instead")
     min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: no crops")
@@ -47,7 +47,9 @@ class Config:
     adapter: str = option("lora", "what trains", METHODS)
     rank: int = option(4, "inner dimension of the adapters")
     alpha: float = option(32.0, "the update is scaled by alpha / rank")
-    targets: str = option("all", "adapt all linear layers, or last parts of names with commas")
+    targets: str = option(
+        "all", "all linear layers, or last parts of their names, separated by commas"
+    )
     factor: int = option(-1, "LoKr: rows and columns of W1; -1: near the square root")
     decompose_both: bool = option(False, "LoKr: W1 is a product of two factors too")
     bias: str = option("none", "biases that train as well", ("none", "all", "adapter"))
@@ -205,6 +207,13 @@ def check_sizes(config: Config, images: int, has_test: bool) -> None:
         )
     if config.test and not has_test:
         raise ValueError(f"--test: {config.dataset} has no test split, only train and validation")
+
+
+def hyperparameters(config: Config) -> dict:
+    """The settings that the recipe or a flag has set, without those that do not change what is learnt."""
+    keys = sorted({*RECIPES[config.recipe], *config.given} - {*FREE})
+    settings = {key: getattr(config, key) for key in keys}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def refuse_changes(config: Config, previous: dict) -> None:

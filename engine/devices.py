@@ -100,8 +100,13 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
-def memory_advice(config, error: Exception) -> str:
-    """The message of a run that is out of memory: what to try instead."""
+def memory_advice(config, error: Exception) -> str | None:
+    """What to try instead, for a run that is out of memory; None for another error."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if "DataLoader worker" in str(error):
+        return f"{reason}; if memory is short, try --workers 0"
+    if not out_of_memory(error):
+        return None
     batch = config.batch_size
     parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # equal parts of a batch
     smaller = f"--batch-size {batch // parts} --grad-accum {config.grad_accum * parts}, which learns the same"
@@ -109,9 +114,8 @@ def memory_advice(config, error: Exception) -> str:
     advice = [smaller] * (parts > 1) + ["--amp bf16, on older GPUs --amp fp16"] * precision
     advice += [] if advice else ["a smaller --image-size, or fewer --targets"]
     begun = config.out and (Path(config.out) / "config.json").exists()
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return (
-        f"out of memory with --batch-size {batch} ({reason[:200]}); try {'; or '.join(advice)}"
+        f"out of memory with --batch-size {batch} ({reason}); try {'; or '.join(advice)}"
         f"{'; in another --out' if begun else ''}"
     )
 

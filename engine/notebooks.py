@@ -1,9 +1,9 @@
-"""Write kaggle.ipynb and paste.ipynb out of the modules, so that there is one copy of the code.
+"""Write kaggle.ipynb and paste.ipynb from the modules, so that there is one copy of the code.
 
     python -m engine.notebooks
 
 kaggle.ipynb writes the modules to files (%%writefile) and trains with them; paste.ipynb has lora.py and
-attention.py as cells, and nothing else of the project. A test runs this script, and both from start to finish.
+attention.py as cells, and nothing else of the project. A test runs this script, and both notebooks.
 """
 
 import base64
@@ -19,9 +19,11 @@ import data
 import vit
 
 HERE = Path(__file__).parent.parent
-ENGINE = "__init__ files images devices adapt checkpoint peft_folder pictures config run"
+ENGINE = (
+    "__init__ files images devices adapt checkpoint peft_folder peft_vit pictures config run start"
+)
 MODULES = "lora loha lokr attention vit data".split()
-MODULES += [*(f"engine/{name}" for name in ENGINE.split()), "export", "train", "predict"]
+MODULES += [*(f"engine/{name}" for name in ENGINE.split()), "train", "predict"]
 LARGEST = 1_000_000  # bytes: Kaggle does not save a notebook of more than 1 MB
 
 
@@ -57,10 +59,9 @@ def write(path: Path, cells: list[dict]) -> None:
 def demo() -> str:
     """1,200 of the embedded digits and the embedded trunk in three bits a number, as base85.
 
-    As they are in assets/, they would make a notebook of 8 MB. A weight w of a matrix is k * step for one of
-    k = -3..3, where step is the median of |w| in its row, near the best step for a normal distribution; a
-    grey is one of eight. What is no matrix is float16. bz2 and not zlib, of which there are two that write
-    different bytes.
+    The files of assets/ would make a notebook of 8 MB. A matrix keeps each weight w as k * step with k = -3..3,
+    where step is the median of |w| in its row, near the best step for a normal distribution. Other tensors are
+    float16. An image has eight greys. bz2, because different versions of zlib write different bytes.
     """
     tensors = {}
     for name, weight in load_file(vit.EMBEDDED).items():
@@ -88,31 +89,31 @@ def kaggle() -> list[dict]:
 # LoRA, LoHa and LoKr for Vision Transformers, from scratch
 
 A Vision Transformer that was trained on many images learns yours, while its own weights stay frozen. What
-trains is a small *adapter* beside each linear layer. This notebook holds the whole code, in plain PyTorch,
-and runs from start to finish as it is: **Run All**.
+trains is a small *adapter* beside each linear layer. This notebook holds all code that it runs, in plain
+PyTorch. To run it from start to finish: **Run All**.
 
 | attach to the notebook (*Add Input*) | what trains |
 |---|---|
-| nothing | a small trunk (the pretrained model without its head) that knows only clothes learns handwritten digits: a minute or two, also without GPU and internet |
+| nothing | a small trunk (the pretrained model without its head) that knows only clothes learns handwritten digits, in a minute or two, without GPU and internet |
 | Tiny ImageNet | torchvision's ViT-B/16 with LoRA on every linear layer; best with *Accelerator: GPU T4 x2* |
 | Food 101 | google's ViT-B/16 (in21k) with LoRA on query and value, 5,000 images of seven classes |
 
-The weights of ViT-B/16 are downloaded (*Internet on*), or attached: `vit_b_16-c867db91.pth`, or a
-folder `vit-base-patch16-224-in21k`. For your own images, in a folder for each class, let `SETTINGS` below be
-`{"recipe": "tiny-imagenet-lora", "dataset": "folder", "data_dir": "/kaggle/input/photos"}`; for all of
-Food 101 with LoKr, `{"recipe": "food101-lokr"}`.
+The weights of ViT-B/16 are downloaded (*Internet on*), or you attach them: `vit_b_16-c867db91.pth`, or a
+folder `vit-base-patch16-224-in21k`. For your own images, with one folder for each class, set `SETTINGS` below
+to `{"recipe": "tiny-imagenet-lora", "dataset": "folder", "data_dir": "/kaggle/input/photos"}`; for all of
+Food 101 with LoKr, to `{"recipe": "food101-lokr"}`.
 """),
         code("""
-INPUT = "/kaggle/input"  # what is attached lies below
-SETTINGS = {}  # flags of train.py but out and resume: {"adapter": "loha", "rank": 8, "epochs": 2}
-COMPARE = ["lokr"]  # adapters to train as well, for comparison; [] for none
+INPUT = "/kaggle/input"  # the folder of everything attached
+SETTINGS = {}  # flags of train.py, except out and resume: {"adapter": "loha", "rank": 8, "epochs": 2}
+COMPARE = ["lokr"]  # more adapters to train, for comparison; [] for none
 """),
         markdown("""
 ## The code
 
-Each of these cells writes one file, into a folder of its own, so that nothing of yours is overwritten.
-They are folded: open `lora.py` first, it is the method in one file. After a change, run its cell, restart
-the session and *Run All*.
+Each of these cells writes one file into a new folder, so it overwrites nothing of yours. The cells are
+folded. Open `lora.py` first: it is the method in one file. After a change, run the cell, restart the session
+and *Run All*.
 """),
         code("""
 import os
@@ -129,8 +130,8 @@ sys.path.insert(0, str(Path.cwd()))
         markdown("""
 ## The data
 
-The digits and the trunk for a notebook with nothing attached. Kaggle takes notebooks of at most
-1 MB, so each weight has seven values and each pixel eight greys: three bits. The adapters don't mind.
+The digits and the trunk for a notebook with nothing attached. Kaggle saves notebooks of at most 1 MB, so a
+weight has one of seven values and a pixel one of eight greys: three bits each.
 """),
         code("%%writefile demo.b85\n" + demo(), hidden=True),
         code(
@@ -166,7 +167,7 @@ MNIST's digits are by Yann LeCun and Corinna Cortes, [CC BY-SA 3.0](https://crea
 (1,200 of them, in eight greys). The trunk was trained on [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist),
 MIT License, © 2017 Zalando SE.
 
-Now: what is attached?
+Now find out what is attached:
 """),
         code("""
 import tempfile
@@ -205,7 +206,7 @@ settings |= SETTINGS
 file = "vit_b_16-c867db91.pth"
 if Config(**settings).weights == "imagenet1k" and (folder := attached(file)):
     settings["weights"] = str(folder / file)
-# Decoded images are no part of the notebook's output: a later session makes them anew.
+# Decoded images do not belong into the notebook's output: a later session decodes them again.
 settings.setdefault("cache_dir", f"{tempfile.gettempdir()}/cache")
 config = Config(**settings)
 print(settings)
@@ -235,7 +236,7 @@ numbers: $y = (W + \Delta W)\,x + b$. With rank $r$, and $s = \alpha / r$:
 | LoKr | $s\,W_1 \otimes W_2$, a Kronecker product: $W_1$ says how much of the block $W_2$ stands at each place | 1,088 |
 
 At the start one factor is zero, so $\Delta W = 0$ and training starts from the pretrained model. The head, the
-last layer that names the classes, trains as well. `head` is the head alone, `full` is everything:
+last layer, which names the classes, trains as well. `head` is the head alone, `full` is everything:
 """),
         code("""
 import torch
@@ -250,9 +251,9 @@ for adapter in METHODS:
         markdown("""
 ## Training
 
-A run is saved in its folder as it goes, and `resume` goes on from there: run the cell again after a stop. In
-a later session, attach the output of the earlier one, and the run is copied out of it. Other `SETTINGS` are
-another run. All GPUs of the session share each batch.
+A run saves itself in its folder, and `resume` continues it: after a stop, run the cell again. In a later
+session, attach the output of the earlier one: the run is copied from there. Other `SETTINGS` make another
+run. All GPUs of the session share each batch.
 """),
         code("""
 import re
@@ -260,7 +261,7 @@ import shutil
 
 
 def folder_of(adapter):
-    \"\"\"The folder of a run, named by its settings; out of an earlier session, if that is attached.\"\"\"
+    \"\"\"The folder of a run, named after its settings; copied from an earlier session if that is attached.\"\"\"
     changed = [f"{key}-{SETTINGS[key]}" for key in SETTINGS if key not in ("adapter", *FREE)]
     name = re.sub(r"[^\\w.]+", "-", "-".join([config.recipe, adapter, *changed]))
     folder = Path("runs", name)
@@ -294,8 +295,8 @@ for adapter, r in results.items():
         markdown("""
 ## What is on an image?
 
-The adapter file holds what was trained, the names of the classes and which trunk belongs to it. With it,
-`predict.py` says what is on images that it has not seen in training:
+The adapter file holds the trained tensors, the class names and the name of its trunk. With it, `predict.py`
+classifies images that training has not seen:
 """),
         code("""
 some = dataset.val.rows(data.even_rows(dataset.val.labels, 8)).files
@@ -306,9 +307,9 @@ Image("sheet.png")
         markdown("""
 ## Two GPUs through torchrun
 
-The cells above use all GPUs in one process, which copies the model to each of them in every step. `torchrun`
-starts a process for each GPU instead; they share every batch and add up their gradients. Here two steps,
-to see it work: without `short` it is the whole run. On a machine without GPU, two processes share its cores.
+The cells above use all GPUs in one process, which copies the model to each GPU in every step. `torchrun`
+starts one process for each GPU instead; they share every batch and add up their gradients. This cell trains
+two steps; without `short` it is the whole run. On a machine without GPU, two processes share the cores.
 """),
         code("""
 import shlex
@@ -323,7 +324,7 @@ def flag(name, value):
 
 short = {"limit": 2 * config.batch_size * config.grad_accum, "epochs": 1}
 flags = " ".join(flag(*pair) for pair in (settings | short).items())
-torch.cuda.empty_cache()  # what the cells above keep of the GPUs
+torch.cuda.empty_cache()  # memory that the cells above still hold
 n = torch.cuda.device_count() or 2
 !{sys.executable} -m torch.distributed.run --standalone --nproc_per_node={n} train.py {flags}
 assert _exit_code == 0  # noqa: F821 (IPython's, of the line above)
@@ -331,8 +332,8 @@ assert _exit_code == 0  # noqa: F821 (IPython's, of the line above)
         markdown("""
 ## TensorBoard
 
-The curves of all runs. Where the frame stays empty, the browser cannot reach the server in the notebook;
-`curves.png` and `metrics.csv` in each run's folder say the same.
+The curves of all runs. If the frame stays empty, the browser cannot reach the server in the notebook; each
+run's `curves.png` and `metrics.csv` hold the same figures.
 """),
         code("""
 %load_ext tensorboard
@@ -347,7 +348,7 @@ def paste() -> list[dict]:
         markdown(r"""
 # LoRA in two cells
 
-Paste `lora.py` and `attention.py`, and stock torchvision's ViT-B/16 is adapted: no package, no script. Beside a
+Paste `lora.py` and `attention.py` to adapt stock torchvision's ViT-B/16: no package, no script. Beside a
 frozen linear layer $W x + b$, LoRA trains two thin matrices, $A$ with $r$ rows and $B$ with $r$ columns:
 
 $$y = W x + b + \frac{\alpha}{r}\,B A x$$
@@ -359,8 +360,8 @@ The next two cells are the two files, word for word. The rest is yours to change
         markdown("""
 ## A model
 
-Torchvision's own, with the weights that it learned from ImageNet. Without network they can't be had: then
-they are random, and all else is the same, but there is little for an adapter to build on.
+Torchvision's model, with its weights from ImageNet. Without network the weights are random: all else works
+the same, but an adapter has little to build on.
 """),
         code("""
 from functools import partial
@@ -378,8 +379,8 @@ except OSError as error:
         markdown("""
 ## Images
 
-With `IMAGES = None`: circles, squares and rectangles on grey, anywhere and of any size, and the class is their
-colour. That is easy on purpose, so that a few steps show something even with random weights.
+With `IMAGES = None`, the images are circles, squares and rectangles on grey, and the class is their colour.
+That is easy on purpose: a few steps show something even with random weights.
 """),
         code("""
 from PIL import Image, ImageDraw
@@ -415,8 +416,8 @@ print(f"{len(images)} images {tuple(images.shape[1:])} of {len(classes)} classes
 ## Adapt it
 
 Torchvision's attention holds query, key and value in one raw matrix and calls no layer, so `split_attention`
-first makes four linear layers of it, with the same numbers. Then each linear layer is wrapped, and all but
-the adapters and the head is frozen.
+first turns it into four linear layers with the same numbers. Then `replace_linear` wraps each linear layer,
+and `mark_trainable` freezes all but the adapters and the head.
 """),
         code("""
 torch.manual_seed(0)
@@ -430,7 +431,7 @@ print(f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
         markdown("""
 ## Train it
 
-Any loop does. This one gives the optimizer what is not frozen, and nothing else is special about it.
+Any training loop works. The optimizer gets the parameters that are not frozen; nothing else is special.
 """),
         code("""
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -451,8 +452,8 @@ print(f"mean of the first three {first:.3f}, of the last three {last:.3f}")
         markdown(r"""
 ## Merge it
 
-$W + \frac{\alpha}{r} B A$ is a matrix of $W$'s shape. With it in $W$'s place, the adapted model costs what the
-original did, and its weights load into stock torchvision, strictly: no tensor missing, none too many.
+$W + \frac{\alpha}{r} B A$ has the shape of $W$. When it replaces $W$, the adapted model costs what the original
+did, and its weights load into stock torchvision with no tensor missing and none left over.
 """),
         code("""
 model.cpu().eval()
@@ -470,9 +471,9 @@ print(f"logits up to {before.abs().max():.2f}, largest difference {difference:.1
         markdown("""
 ## Break it on purpose
 
-What if `split_attention` is forgotten? Then attention stays as it is: 24 layers are adapted and not 72, and
-`replace_linear` warns. A naive implementation wraps `out_proj` as well. Torchvision never calls that layer, so
-its adapter learns nothing, and nothing says so.
+What if you forget `split_attention`? Then attention is not adapted: `replace_linear` wraps 24 layers instead
+of 72, and warns. A naive implementation wraps `out_proj` as well. Torchvision never calls that layer, so its
+adapter learns nothing, and no error says so.
 """),
         code("""
 careless = torchvision.models.vit_b_16()

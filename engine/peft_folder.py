@@ -1,11 +1,11 @@
-"""PEFT's folder for any PyTorch model with adapters of lora.py, loha.py or lokr.py in it.
+"""Save and load PEFT folders of any PyTorch model with adapters of lora.py, loha.py or lokr.py.
 
     save_peft(unet, "folder")       # opens with peft.PeftModel.from_pretrained(fresh_unet, "folder")
-    load_peft(unet, "folder")       # what PEFT or save_peft wrote, as our layers
+    load_peft(unet, "folder")       # our layers, from what PEFT or save_peft wrote
 
-A folder is adapter_config.json, which says kind, rank, scale and where the layers are, and
-adapter_model.safetensors, whose keys are PREFIX and the names that PEFT gives the tensors. A variant of the
-three methods that our layers do not compute is refused by the key that says so.
+A folder holds adapter_config.json (kind, rank, scale and the layers' names) and adapter_model.safetensors,
+whose keys are PREFIX plus PEFT's names of the tensors. A variant of the three methods that our layers do not
+compute is refused; the error names its key.
 """
 
 from collections.abc import Callable
@@ -23,48 +23,48 @@ from lora import mark_trainable, replace_linear
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
-PREFIX = "base_model.model."  # before every key of PEFT's
-BIASES = {"none": "none", "all": "all", "adapter": "lora_only"}  # ours: PEFT's
+PREFIX = "base_model.model."  # every key of PEFT begins with it
+BIASES = {"none": "none", "all": "all", "adapter": "lora_only"}  # our name: PEFT's name
 
-# What of adapter_config.json changes nothing in what the tensors mean: it tells of the start or the course
-# of training, or what the tensors' names tell. Any other key that is set makes it a variant.
+# Keys of adapter_config.json that make no variant: we read them below, they only concern training, or they
+# repeat what the tensors' names show. Any other key with a value makes a variant.
 HARMLESS = """
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r alpha
     lora_alpha bias target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
     lora_dropout rank_dropout rank_dropout_scale module_dropout init_weights init_lora_weights
     decompose_both decompose_factor use_effective_conv2d megatron_core qalora_group_size runtime_config
 """.split()
-# Initialisations that leave the base's weights alone.
+# Values of init_lora_weights that leave the pretrained weights unchanged.
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "lycoris")
 
 
 def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = "") -> None:
-    """Write the adapters of any model, its head and the biases that train as a PEFT folder.
+    """Write a model's adapters, its head and its trainable biases as a PEFT folder.
 
-    head: every parameter and buffer whose name contains it is saved as it is (a classifier that was trained
-        from nothing); "" for none. As in replace_linear and mark_trainable.
-    base: base_model_name_or_path, for readers of the folder who ask it where the model came from.
+    head: every parameter and buffer whose name contains it is saved whole (a new classifier); "" for none.
+        The same as in replace_linear and mark_trainable.
+    base: base_model_name_or_path, which tells readers of the folder where the model comes from.
 
-    Raises ValueError if there is no adapter, if one stands at two places or in the head, if they differ in
-    kind, rank or scale, if a parameter trains for which PEFT has no place, or if the folder holds an adapter
-    already.
+    Raises ValueError if there is no adapter, if adapters differ in kind, rank or scale, if one is in the
+    head, if different layers share one, if a PEFT folder has no place for a trainable parameter, or if the
+    folder already holds an adapter.
     """
     tensors, adapters = trained(model, head)
     inner = {f"{name}.linear" for name in adapters}
     others = [name for name, _ in model.named_modules() if name not in inner | set(adapters)]
     heads = sorted({key.rpartition(".")[0] for key in tensors if head and head in key})
-    # the outermost: PEFT saves what is inside with it
+    # Only the outermost modules: PEFT saves the modules inside with them.
     heads = [name for name in heads if not any(name.startswith(f"{other}.") for other in heads)]
     settings = {**settings_of(adapters), "bias": bias_of(tensors, heads)}
     write_peft(Path(folder), settings, endings(list(adapters), others), heads, tensors, base)
 
 
 def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]:
-    """Wrap the layers of any model that a PEFT folder names and load its tensors; return their names.
+    """Wrap the model's layers that a PEFT folder names, load its tensors and return the layers' names.
 
     head: as in mark_trainable; the folder must hold it whole.
-    Raises OSError or ValueError, naming file and key, for what is missing, a variant or does not fit; no
-    layer is wrapped then.
+    Raises OSError or ValueError, naming file and key, if a part is missing, unsupported or does not fit;
+    then no layer is wrapped.
     """
     settings, tensors = read_peft(folder)
     layers = layers_of(tensors)
@@ -82,24 +82,24 @@ def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]
 
 
 def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[str, nn.Module]]:
-    """What training changed, under PEFT's keys without PREFIX, and the adapters, by name."""
+    """The tensors to save, by PEFT's key without PREFIX, and the adapters, by name."""
     adapters = {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
     if not adapters:
-        raise ValueError("the model has no adapter: put some in with replace_linear")
+        raise ValueError("the model has no adapter: add adapters with replace_linear")
     names = {adapter: name for name, adapter in adapters.items()}
     for name, m in model.named_modules(remove_duplicate=False):
         if m not in names:
             continue
-        (owner, _, last), (first, _, same) = name.rpartition("."), names[m].rpartition(".")
-        # A block that is used again takes its adapters along, in PEFT too.
-        if model.get_submodule(owner) is not model.get_submodule(first) or last != same:
+        (parent, _, last), (first, _, first_last) = name.rpartition("."), names[m].rpartition(".")
+        # A shared block shares its adapters, in PEFT too.
+        if model.get_submodule(parent) is not model.get_submodule(first) or last != first_last:
             raise ValueError(
-                f"{names[m]} and {name} are one adapter: PEFT's folder has no place for the second"
+                f"{names[m]} and {name} share one adapter: a PEFT folder has no place for the second name"
             )
         if head and head in name:
             raise ValueError(
-                f"{name} is an adapter in the head, which is saved whole: expected it outside; give "
-                f"replace_linear head={head!r} too"
+                f"{name} is an adapter in the head, which is saved whole: expected it outside; pass "
+                f"head={head!r} to replace_linear too"
             )
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -109,42 +109,42 @@ def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[
             continue
         if not (is_head or module in adapters or last == "bias"):
             raise ValueError(
-                f"{name} trains, and PEFT has no place for it: expected adapters, head and biases; "
-                "name the head, or call mark_trainable"
+                f"{name} is trainable, but a PEFT folder has no place for it: expected adapters, head and "
+                "biases; pass head=, or call mark_trainable"
             )
         tensors[peft_key(name, adapters)] = parameter
     tensors |= head_buffers(model, head)
     if head and not any(head in key for key in tensors):
         raise ValueError(
-            f"head={head!r}: expected a part of a parameter's name, found no such parameter (one that stands "
-            "at two places has the name of the first)"
+            f"head={head!r}: expected a part of a parameter's name, found no such parameter (a shared one "
+            "has only its first name)"
         )
     tensors = {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
     return tensors, adapters
 
 
 def head_buffers(model: nn.Module, head: str) -> dict[str, torch.Tensor]:
-    """The buffers that the head's state_dict has, as BatchNorm's running mean."""
-    kept = model.state_dict()
-    return {n: b for n, b in model.named_buffers() if head and head in n and n in kept}
+    """The head's buffers that its state_dict holds, such as BatchNorm's running mean."""
+    state = model.state_dict()
+    return {n: b for n, b in model.named_buffers() if head and head in n and n in state}
 
 
 def peft_key(name: str, adapters) -> str:
-    """PEFT's key, without PREFIX, of a parameter of ours."""
+    """PEFT's key for a parameter of ours, without PREFIX."""
     module, _, last = name.rpartition(".")
     if module in adapters:
-        return f"{name}.weight" if last.startswith("lora_") else name  # its A and B are nn.Linear
+        return f"{name}.weight" if last.startswith("lora_") else name  # nn.Linear in PEFT
     owner = module.removesuffix(".linear")
     return f"{owner}.base_layer.{last}" if owner != module and owner in adapters else name
 
 
 def settings_of(adapters: dict[str, nn.Module]) -> dict:
-    """The arguments of adapt that these adapters were made with."""
-    found = {(type(layer), layer.rank, layer.scale) for layer in adapters.values()}
-    if len(found) > 1:
-        shown = sorted(f"{kind.__name__} rank {rank} scale {s:g}" for kind, rank, s in found)
-        raise ValueError(f"expected adapters of one kind, rank and scale, found {', '.join(shown)}")
-    kind, rank, scale = found.pop()
+    """The arguments of adapt that make these adapters."""
+    forms = {(type(layer), layer.rank, layer.scale) for layer in adapters.values()}
+    if len(forms) > 1:
+        texts = sorted(f"{kind.__name__} rank {rank} scale {s:g}" for kind, rank, s in forms)
+        raise ValueError(f"expected adapters of one kind, rank and scale, found {', '.join(texts)}")
+    kind, rank, scale = forms.pop()
     alpha = round(scale * rank, 6)
     alpha = alpha if alpha / rank == scale else scale * rank
     settings = {"adapter": {v: k for k, v in ADAPTERS.items()}[kind], "rank": rank, "alpha": alpha}
@@ -155,7 +155,7 @@ def settings_of(adapters: dict[str, nn.Module]) -> dict:
 
 
 def factor_of(layers) -> int:
-    """The smallest factor with which factorization gives W1 the shape that it has in LoKr's layers."""
+    """The smallest factor for which factorization gives the W1 of these LoKr layers their shapes."""
     sides = set()  # (features, rows or columns of W1)
     for layer in layers:
         whole = hasattr(layer, "lokr_w1")
@@ -165,11 +165,13 @@ def factor_of(layers) -> int:
     for factor in (-1, *range(1, 1 + max(features for features, _ in sides))):
         if all(factorization(features, factor)[0] == side for features, side in sides):
             return factor
-    raise ValueError(f"expected one factor for all LoKr layers, found W1 of {sorted(sides)}")
+    raise ValueError(
+        f"expected one factor for all LoKr layers, found (features, side of W1): {sorted(sides)}"
+    )
 
 
 def bias_of(tensors: dict, heads: list[str]) -> str:
-    """Which biases stand among the tensors, in mark_trainable's words."""
+    """mark_trainable's argument bias for the biases among these tensors."""
     biases = [
         key
         for key in tensors
@@ -181,25 +183,23 @@ def bias_of(tensors: dict, heads: list[str]) -> str:
 
 
 def endings(chosen: list[str], others: list[str]) -> list[str]:
-    """The shortest ends of the chosen names that no other name has: ["query", "value"].
+    """The shortest ends of the chosen names that no other name has, such as ["query", "value"].
 
-    Raises ValueError if the whole of a chosen name is the end of another.
+    Raises ValueError if another name ends with a whole chosen name.
     """
     taken = {end for name in others for end in ends(name)}
-    found = {}
+    targets = {}
     for name in chosen:
         free = [end for end in ends(name) if end not in taken]
         if not free:
-            raise ValueError(
-                f"{name}: expected a name that ends no other layer's, found one that does"
-            )
-        # "0" alone would do for "mlp.0" in this model, and say nothing to a reader.
-        found[next((end for end in free if not end.split(".")[0].isdigit()), free[0])] = None
-    return list(found)
+            raise ValueError(f"{name}: expected a name that is not the end of another layer's name")
+        # Not a bare number: for "mlp.0", "0" may be enough, but tells a reader nothing.
+        targets[next((end for end in free if not end.split(".")[0].isdigit()), free[0])] = None
+    return list(targets)
 
 
 def ends(name: str) -> list[str]:
-    """Every end of a dotted name, the shortest first."""
+    """All ends of a dotted name, the shortest first."""
     parts = name.split(".")
     return [".".join(parts[n:]) for n in range(len(parts) - 1, -1, -1)]
 
@@ -211,12 +211,11 @@ def write_peft(
     heads: list[str],
     tensors: dict,
     base: str,
-    beside: Callable[[], None] = lambda: None,
+    write_extras: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the two files of a PEFT folder, and what is to lie beside them; the configuration last, so that
-    a folder that has one is whole."""
+    """Write a PEFT folder. The configuration comes last: a folder that has one is complete."""
     if (folder / CONFIG).exists():
-        raise ValueError(f"{folder}: holds an adapter already; name another folder or remove it")
+        raise ValueError(f"{folder}: already holds an adapter; name another folder or remove it")
     alpha = int(settings["alpha"]) if settings["alpha"] % 1 == 0 else settings["alpha"]
     config = {
         "peft_type": settings["adapter"].upper(),
@@ -236,20 +235,20 @@ def write_peft(
     with atomic(folder / FILES[0]) as temporary:
         content = {PREFIX + key: tensor for key, tensor in tensors.items()}
         temporary.write_bytes(save(content, {"format": "pt"}))
-    beside()
+    write_extras()
     write_json(folder / CONFIG, config)
 
 
 def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """The settings (arguments of adapt) of a PEFT folder and its tensors by key, without PREFIX.
 
-    Raises FileNotFoundError for a missing file, ValueError for a variant of LoRA, LoHa and LoKr that is
-    none of ours, naming the key that says so.
+    Raises FileNotFoundError for a missing file, ValueError for a variant that our layers do not compute,
+    naming its key.
     """
     path = Path(folder) / CONFIG
     file = next((path.with_name(name) for name in FILES if path.with_name(name).is_file()), None)
-    for there, names in ((path.is_file(), CONFIG), (file, " or ".join(FILES))):
-        if not there:
+    for exists, names in ((path.is_file(), CONFIG), (file, " or ".join(FILES))):
+        if not exists:
             raise FileNotFoundError(f"{folder}: expected {names}, found no such file")
     config = read_json(path)
     settings = peft_settings(config, path)
@@ -257,7 +256,7 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     for key in tensors:
         if not key.startswith(PREFIX):
             raise ValueError(f"{file}: {key}: expected a key that begins with {PREFIX}")
-    # With bias="all" PEFT adds the head as it was at the start, as original_module: not wanted.
+    # With bias="all", PEFT also saves the head's initial state, as original_module: left out.
     tensors = {
         key.removeprefix(PREFIX).replace(".modules_to_save.", "."): tensor
         for key, tensor in tensors.items()
@@ -276,7 +275,7 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def peft_settings(config: dict, path: Path) -> dict:
-    """The arguments of adapt that an adapter_config.json stands for."""
+    """The arguments of adapt that adapter_config.json describes."""
     adapter = str(config.get("peft_type")).lower()
     if adapter not in ADAPTERS:
         kinds = ", ".join(kind.upper() for kind in ADAPTERS)
@@ -291,8 +290,8 @@ def peft_settings(config: dict, path: Path) -> dict:
     start = config.get("init_lora_weights", True)
     if start not in STARTS:
         raise ValueError(
-            f"{path}: init_lora_weights: {start!r} changes the base model's weights too; convert it to "
-            "plain LoRA in PEFT first (path_initial_model_for_weight_conversion)"
+            f"{path}: init_lora_weights: {start!r} changes the pretrained weights too; convert it to "
+            "plain LoRA with PEFT first (path_initial_model_for_weight_conversion)"
         )
     alpha = "lora_alpha" if adapter == "lora" else "alpha"
     for key, kinds in (("r", int), (alpha, int | float)):
@@ -312,14 +311,14 @@ def layers_of(tensors: dict) -> list[str]:
 
 
 def expected(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by PEFT's key without PREFIX."""
+    """The trainable parameters, by PEFT's key without PREFIX."""
     adapters = {name for name, m in model.named_modules() if hasattr(m, "delta_weight")}
     return {peft_key(n, adapters): p for n, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def fill(parameters: dict[str, nn.Parameter], tensors: dict, folder: str | Path) -> None:
-    """Copy tensors into parameters of the same keys. Raises ValueError, nothing copied, unless all fit."""
+    """Copy tensors into the parameters with their keys; if one does not fit, copy none, raise ValueError."""
     if problem := first_mismatch(parameters, tensors):
         raise ValueError(f"{folder}: {PREFIX}{problem}")
     for key, parameter in parameters.items():

@@ -24,6 +24,22 @@ MATRIX = 12  # with more classes, the matrix of confusions would be too small to
 PAIRS = 15  # of confused classes, which are shown instead
 
 
+def draw_run(run, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """curves.png of a run of train.py; confusion.png and predictions.png of its best epoch.
+
+    images, logits, labels: of some validation images, for predictions.png.
+    """
+    config, classes, folder = run.config, run.dataset.classes, run.folder
+    what = f"{config.dataset}, {NAMES[config.adapter]}"
+    what += f" rank {config.rank}" if config.adapter in LINES else ""
+    title = f"{what}: {run.trainable:,} trainable parameters"
+    plot_curves(folder / "metrics.csv", folder / "curves.png", title)
+    title = f"{what}: validation accuracy {run.best['val_accuracy']:.1%}"
+    plot_confusion(run.extra["confusion"], classes, folder / "confusion.png", title)
+    images = colours(images, run.info["preprocessing"])
+    plot_predictions(images, logits, labels, classes, folder / "predictions.png", title)
+
+
 def plot_curves(metrics: Path, path: Path, title: str) -> None:
     """Draw loss and validation accuracy against epochs, from a run's metrics.csv."""
     with open(metrics, newline="") as file:

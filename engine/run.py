@@ -47,7 +47,8 @@ except ImportError:  # Windows
 class Run:
     """What a training script has prepared, and how far the training has come.
 
-    After a resume, step, epoch, best, best_tensors, extra and result are what last.pt holds.
+    After a resume, step, epoch, best, best_tensors and result are what last.pt holds, and extra has what it held
+    beside what the script had put there.
     """
 
     config: Any  # with out, resume, save_minutes
@@ -432,16 +433,14 @@ class Log:
                 self.writer.close()
             self.writer = None
 
-    def close(self, settings: dict, metrics: dict[str, float], pictures: list[Path]) -> None:
-        """End the events with the hyperparameters, the metrics that they led to, by tag, and the pictures."""
+    def close(self, settings: dict, metrics: dict[str, float], pictures: dict[str, Path]) -> None:
+        """End the events with the hyperparameters, and by their tags the metrics and the picture files."""
         settings = {k: str(v) if isinstance(v, list | tuple) else v for k, v in settings.items()}
 
         def write():
             self.save_events()
-            for picture in pictures:
-                self.writer.add_image(
-                    picture.stem, imread(picture), self.run.step, dataformats="HWC"
-                )
+            for tag, file in pictures.items():
+                self.writer.add_image(tag, imread(file), self.run.step, dataformats="HWC")
             for summary in hparams(settings, metrics):  # add_hparams would open another file
                 self.writer.file_writer.add_summary(summary)
             curves = {tag for row in self.rows for tag in row}

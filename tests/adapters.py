@@ -1,4 +1,4 @@
-"""The adapters under test, as layers and as files, filled with numbers that hide no mistake."""
+"""The adapters under test, as layers and as files, with random numbers that reveal mistakes."""
 
 from functools import partial
 
@@ -12,8 +12,8 @@ from loha import LoHaLinear
 from lokr import LoKrLinear
 from lora import LoRALinear
 
-# rank 4 and alpha 6: a scale of 1.5, which no test can take for 1. On 24 x 40, LoKr's W1 is 4 x 5 and
-# its W2 6 x 8: rank 3 factors W2, rank 4 does not; factor 2 makes W1 2 x 2 and W2 12 x 20.
+# The scale is 1.5, so that a forgotten scale fails. On 24 x 40, LoKr's W1 is 4 x 5 and its W2 6 x 8: rank 3
+# factors W2, rank 4 does not; factor 2 makes W1 2 x 2 and W2 12 x 20.
 FORMS = {
     "lora": partial(LoRALinear, rank=4, alpha=6.0),
     "loha": partial(LoHaLinear, rank=4, alpha=6.0),
@@ -27,7 +27,7 @@ IN, OUT = 40, 24
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill all adapter factors: the zero ones hide a wrong delta."""
+    """Fill all factors of the adapters: zeros would hide a wrong delta."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if hasattr(module, "delta_weight"):
@@ -38,7 +38,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def make(form: str, dtype=torch.float64, bias: bool = True, **more) -> nn.Module:
-    """A layer in this form, on a linear layer of 24 x 40, with random factors."""
+    """An adapter of this form on a linear layer of 24 x 40, with random factors."""
     torch.manual_seed(1)
     linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
     return randomise(FORMS[form](linear, **more))
@@ -56,8 +56,8 @@ CASES = {
 }
 
 
-def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLASSES, **seen):
-    """Write an adapter file with random tensors; return its model. seen: other preprocessing."""
+def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLASSES, **changed):
+    """Write an adapter file with random tensors; return its model. changed: other preprocessing."""
     settings = {"rank": 4, "alpha": 32.0, "targets": "all", "bias": "none", "factor": -1}
     settings |= {"decompose_both": False, "adapter": case.split("-")[0], **CASES.get(case, {})}
     built, preprocessing = vit.build(model, weights, len(classes))
@@ -69,6 +69,6 @@ def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLAS
             p.data += 0.15 * torch.randn(p.shape, generator=generator)
     info = {**settings, "model": model, "weights": weights, "seed": 0, "trunk": trunk}
     info |= {"eps": built.encoder.ln.eps, "classes": classes}
-    info["preprocessing"] = {**preprocessing, **seen}
+    info["preprocessing"] = {**preprocessing, **changed}
     checkpoint.save_adapter(path, built, info)
     return built.eval()

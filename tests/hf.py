@@ -1,4 +1,4 @@
-"""The embedded trunk's shape in Hugging Face's ViT and timm's, with random weights that hide no mistake."""
+"""ViTs of Hugging Face and timm with the shape of vit_mini and random weights that reveal mistakes."""
 
 import timm
 import torch
@@ -12,7 +12,7 @@ transformers.logging.set_verbosity_error()
 
 
 def randomise_all(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fill every parameter: a fresh LayerNorm is one and zero, a fresh bias zero."""
+    """Fill every parameter, because the ones and zeros of a new LayerNorm or bias hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL in its architecture and on-disk layout, at toy size with random weights."""
+"""The architecture and file layout of Stable Diffusion XL, at toy size with random weights."""
 
 from pathlib import Path
 
@@ -10,8 +10,11 @@ TOKENS, WIDTH = 100, 32
 
 
 def toy_sdxl(folder: Path) -> Path:
-    """Two text encoders whose hidden states are concatenated, a UNet that takes those, the pooled text and
-    the sizes, and the scheduler: SDXL's own configurations but for their numbers."""
+    """Write the models to folder and return it.
+
+    There are two text encoders, whose hidden states are concatenated; a UNet, which takes these, the pooled
+    text and the image sizes; and the scheduler. The configurations are SDXL's, with smaller numbers.
+    """
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -47,11 +50,11 @@ def toy_sdxl(folder: Path) -> Path:
 
 
 def predicted_noise(unet, text_encoder, second, noisy, steps, tokens) -> torch.Tensor:
-    """The forward of SDXL's training script."""
+    """The UNet's prediction, as in SDXL's training script."""
     first = text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
     with torch.no_grad():
         pooled = second(tokens, output_hidden_states=True)
     sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).expand(len(noisy), -1)
-    known = {"text_embeds": pooled.text_embeds, "time_ids": sizes}
+    conditions = {"text_embeds": pooled.text_embeds, "time_ids": sizes}
     words = torch.cat([first, pooled.hidden_states[-2]], dim=-1)
-    return unet(noisy, steps, words, added_cond_kwargs=known).sample
+    return unet(noisy, steps, words, added_cond_kwargs=conditions).sample

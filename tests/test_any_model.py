@@ -1,4 +1,4 @@
-"""README's lines for any PyTorch model, on SDXL's architecture: trained, saved, and opened by PEFT."""
+"""The lines of docs/any-model.md, on SDXL's architecture: trained, saved, and opened by PEFT."""
 
 import json
 
@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sdxl import TOKENS, predicted_noise, toy_sdxl
-from test_readme import PYTHON
+from test_docs import PYTHON
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -22,7 +22,7 @@ LOOP = "...  # your loop"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """README's first block, with a loop where it says so: the models, their base, folder and losses."""
+    """Run the first block of docs/any-model.md: both models, the base, the folder and the losses."""
     root = tmp_path_factory.mktemp("sdxl")
     base = toy_sdxl(root / "base")
     snippet = SAVE.replace("stabilityai/stable-diffusion-xl-base-1.0", str(base))
@@ -34,18 +34,19 @@ def trained(tmp_path_factory):
 
 
 def train(unet, text_encoder, base, steps: int = 12) -> list[float]:
-    """The usual loss: the UNet's guess of the noise against the noise."""
+    """Train with the usual loss between predicted and true noise; return the losses."""
     torch.manual_seed(0)
     second = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2")
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
     parameters = [p for m in (unet, text_encoder) for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.05)
     latents, tokens = torch.randn(4, 4, 8, 8), torch.randint(2, TOKENS, (4, 7))
-    noise, at = torch.randn_like(latents), torch.randint(1000, (4,))
+    noise, timesteps = torch.randn_like(latents), torch.randint(1000, (4,))
     losses = []
     for _ in range(steps):
-        noisy = scheduler.add_noise(latents, noise, at)
-        loss = F.mse_loss(predicted_noise(unet, text_encoder, second, noisy, at, tokens), noise)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        prediction = predicted_noise(unet, text_encoder, second, noisy, timesteps, tokens)
+        loss = F.mse_loss(prediction, noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -54,7 +55,8 @@ def train(unet, text_encoder, base, steps: int = 12) -> list[float]:
 
 
 @torch.no_grad()
-def guess(unet, text_encoder, base) -> torch.Tensor:
+def output(unet, text_encoder, base) -> torch.Tensor:
+    """The predicted noise for fixed inputs."""
     generator = torch.Generator().manual_seed(1)
     noisy = torch.randn(2, 4, 8, 8, generator=generator)
     tokens = torch.randint(2, TOKENS, (2, 7), generator=generator)
@@ -65,7 +67,7 @@ def guess(unet, text_encoder, base) -> torch.Tensor:
 
 
 def opened(base, style, unet_folder=None):
-    """As a pipeline does it: the base's parts, each wrapped by PeftModel."""
+    """The base's UNet and text encoder, each with its adapter loaded by PEFT."""
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
     return (
@@ -74,12 +76,12 @@ def opened(base, style, unet_folder=None):
     )
 
 
-def test_it_learns_in_the_adapters_of_both_models(trained):
+def test_the_adapters_of_both_models_learn(trained):
     unet, text_encoder, _, _, losses = trained
     assert losses[-1] < 0.9 * losses[0]
     wrapped = [name for name, m in unet.named_modules() if hasattr(m, "delta_weight")]
     assert {name.split(".")[-1] for name in wrapped} == {"to_q", "to_k", "to_v", "0"}
-    # SDXL takes the text encoder's last hidden states but one: its last layer has nothing to learn
+    # SDXL does not use the output of the text encoder's last layer, so this layer learns nothing.
     first, last = text_encoder.encoder.layers
     assert not any(m.delta_weight().any() for m in last.modules() if hasattr(m, "delta_weight"))
     for model, count in ((unet, len(wrapped)), (first, 4)):
@@ -90,12 +92,12 @@ def test_it_learns_in_the_adapters_of_both_models(trained):
 
 def test_peft_opens_both_folders_with_the_same_output(trained, tmp_path):
     unet, text_encoder, base, style, _ = trained
-    ours = guess(unet, text_encoder, base)
-    torch.testing.assert_close(guess(*opened(base, style), base), ours, rtol=0, atol=1e-5)
+    ours = output(unet, text_encoder, base)
+    torch.testing.assert_close(output(*opened(base, style), base), ours, rtol=0, atol=1e-5)
     config = json.loads((style / "unet" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["to_q", "to_k", "to_v", "to_out.0"]
     assert (config["r"], config["alpha"], config["peft_type"]) == (8, 8, "LOKR")
-    # the controls: a wrong alpha, a tensor that is not there
+    # the controls: a wrong alpha, missing tensors
     file = style / "unet" / "adapter_model.safetensors"
     tensors = load_file(file)
     fewer = {key: t for key, t in tensors.items() if "up_blocks.0" not in key}
@@ -105,22 +107,22 @@ def test_peft_opens_both_folders_with_the_same_output(trained, tmp_path):
         folder.mkdir()
         save_file(content, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({**config, "alpha": alpha}))
-        assert (guess(*opened(base, style, folder), base) - ours).abs().max() > 1e-3
+        assert (output(*opened(base, style, folder), base) - ours).abs().max() > 1e-3
 
 
 def test_load_peft_gives_the_same_output_and_tensors_bit_for_bit(trained, tmp_path):
     unet, text_encoder, base, style, _ = trained
-    again = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    loaded = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
     text = CLIPTextModel.from_pretrained(base, subfolder="text_encoder")
-    load_peft(again, style / "unet")
+    load_peft(loaded, style / "unet")
     load_peft(text, style / "text_encoder_one")
-    assert torch.equal(guess(again, text, base), guess(unet, text_encoder, base))
-    save_peft(again, tmp_path / "again", base=str(base))
+    assert torch.equal(output(loaded, text, base), output(unet, text_encoder, base))
+    save_peft(loaded, tmp_path / "again", base=str(base))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (style / "unet" / name).read_bytes()
 
 
-def test_a_head_and_biases_travel_with_any_model(tmp_path):
+def test_head_and_biases_are_saved_and_loaded_with_any_model(tmp_path):
     def model():
         torch.manual_seed(0)
         parts = {"body": nn.Linear(6, 5), "act": nn.Tanh(), "classifier": nn.Linear(5, 3)}
@@ -139,18 +141,18 @@ def test_a_head_and_biases_travel_with_any_model(tmp_path):
     theirs = PeftModel.from_pretrained(model(), tmp_path / "folder").eval()
     x = torch.randn(4, 6)
     torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
-    again = model()
-    assert load_peft(again, tmp_path / "folder", head="classifier") == ["body"]
-    assert torch.equal(again(x), ours(x))
+    loaded = model()
+    assert load_peft(loaded, tmp_path / "folder", head="classifier") == ["body"]
+    assert torch.equal(loaded(x), ours(x))
     fresh = model()
     with pytest.raises(ValueError, match=r"classifier\.\w+: expected no such tensor"):
         load_peft(fresh, tmp_path / "folder")
-    load_peft(fresh, tmp_path / "folder", head="classifier")  # nothing was left in it
+    load_peft(fresh, tmp_path / "folder", head="classifier")  # the refused load changed nothing
     assert torch.equal(fresh(x), ours(x))
 
 
 class Head(nn.Sequential):
-    """Several parts, with biases, with buffers, and a buffer of its own."""
+    """Several layers with biases and buffers, and a buffer of the head itself."""
 
     def __init__(self):
         super().__init__(nn.BatchNorm1d(5), nn.Linear(5, 4), nn.Linear(4, 3))
@@ -173,7 +175,7 @@ class WithHead(nn.Module):
 
 @torch.no_grad()
 def as_trained(model, x):
-    """Noise in what trains, and what BatchNorm sees of x in its buffers."""
+    """The model with noise in its trainable parameters and the statistics of x in BatchNorm's buffers."""
     for p in model.parameters():
         if p.requires_grad:
             p.add_(torch.randn_like(p))
@@ -184,7 +186,7 @@ def as_trained(model, x):
     return model.eval()
 
 
-def test_a_head_of_several_parts_travels_with_its_buffers(tmp_path):
+def test_a_head_of_several_layers_is_saved_with_its_buffers(tmp_path):
     x = torch.randn(8, 6)
     ours = WithHead()
     replace_linear(ours, lambda layer: LoRALinear(layer, rank=2, alpha=3), "all", "classifier")
@@ -196,12 +198,12 @@ def test_a_head_of_several_parts_travels_with_its_buffers(tmp_path):
     config = LoraConfig(r=2, target_modules=["body"], modules_to_save=["classifier"])
     theirs = as_trained(get_peft_model(WithHead(), config), x)
     theirs.save_pretrained(tmp_path / "theirs")
-    again = WithHead()
-    assert load_peft(again, tmp_path / "theirs", head="classifier") == ["body"]
-    torch.testing.assert_close(again.eval()(x), theirs(x), rtol=0, atol=1e-5)
+    loaded = WithHead()
+    assert load_peft(loaded, tmp_path / "theirs", head="classifier") == ["body"]
+    torch.testing.assert_close(loaded.eval()(x), theirs(x), rtol=0, atol=1e-5)
 
 
-def test_what_a_peft_folder_has_no_place_for_is_refused(tmp_path):
+def test_models_that_a_peft_folder_cannot_hold_are_refused(tmp_path):
     def wrap(layer):
         return LoRALinear(layer, rank=2)
 
@@ -209,12 +211,12 @@ def test_what_a_peft_folder_has_no_place_for_is_refused(tmp_path):
     tied.add_module("a", nn.Linear(4, 4))
     tied.add_module("b", tied.a)
     replace_linear(tied, wrap)
-    with pytest.raises(ValueError, match="a and b are one adapter"):
+    with pytest.raises(ValueError, match="a and b share one adapter"):
         save_peft(tied, tmp_path / "folder")
     twice = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.Identity()])
     twice[1].first = twice[0][0]
     replace_linear(twice, wrap)
-    with pytest.raises(ValueError, match=r"0\.0 and 1\.first are one adapter"):
+    with pytest.raises(ValueError, match=r"0\.0 and 1\.first share one adapter"):
         save_peft(twice, tmp_path / "folder")
     plain = nn.Sequential(nn.Linear(4, 4))
     replace_linear(plain, wrap)
@@ -228,7 +230,7 @@ def test_what_a_peft_folder_has_no_place_for_is_refused(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_a_block_that_is_used_again_travels_once(tmp_path):
+def test_a_shared_block_is_saved_once(tmp_path):
     def model():
         torch.manual_seed(0)
         block = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
@@ -242,7 +244,7 @@ def test_a_block_that_is_used_again_travels_once(tmp_path):
     x = torch.randn(3, 4)
     theirs = PeftModel.from_pretrained(model(), tmp_path / "folder").eval()
     torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-5)
-    again = model()
-    load_peft(again, tmp_path / "folder")
-    assert torch.equal(again(x), ours(x))
-    save_peft(again, tmp_path / "again")
+    loaded = model()
+    load_peft(loaded, tmp_path / "folder")
+    assert torch.equal(loaded(x), ours(x))
+    save_peft(loaded, tmp_path / "again")

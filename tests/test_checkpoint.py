@@ -1,4 +1,4 @@
-"""The adapter file: the same logits in a fresh process, and refusal of what does not fit."""
+"""The adapter file: the same logits in a new process; files that do not fit are refused."""
 
 import json
 import subprocess
@@ -58,7 +58,7 @@ torch.save([model(images).detach(), info["classes"]], sys.argv[3])
 
 
 @pytest.mark.parametrize("adapter", SETTINGS)
-def test_a_fresh_process_gives_the_same_logits(adapter, tmp_path):
+def test_a_new_process_gives_the_same_logits(adapter, tmp_path):
     model, info = adapted(adapter)
     path = tmp_path / "adapter.safetensors"
     checkpoint.save_adapter(path, model, info)
@@ -67,12 +67,12 @@ def test_a_fresh_process_gives_the_same_logits(adapter, tmp_path):
     logits, classes = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert torch.equal(logits, model(IMAGES).detach())
     assert classes == ["cat", "dög", "c, d"]
-    # the control: without its tensors it would be another model
+    # the control: without the file's tensors, the logits differ
     fresh, _ = vit.build("vit_mini", "embedded", 3)
     assert not torch.allclose(logits, fresh.eval()(IMAGES), atol=1e-3)
 
 
-def test_the_file_holds_what_trained_and_says_how(tmp_path):
+def test_the_file_holds_the_trained_tensors_and_the_settings(tmp_path):
     model, info = adapted("lora")
     path = tmp_path / "adapter.safetensors"
     checkpoint.save_adapter(path, model, info)
@@ -139,7 +139,7 @@ def test_a_file_that_does_not_fit_is_refused_with_key_expected_and_found(
     assert "\n" not in str(error.value)
 
 
-def test_restore_into_another_adapter_leaves_the_model_unchanged(tmp_path):
+def test_a_refused_restore_leaves_the_model_unchanged(tmp_path):
     model, info = adapted("lora")
     checkpoint.save_adapter(tmp_path / "a.safetensors", model, info)
     other, _ = adapted("lora", rank=5)
@@ -151,8 +151,8 @@ def test_restore_into_another_adapter_leaves_the_model_unchanged(tmp_path):
 
 
 def test_other_kinds_of_file_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        vit.load_adapter(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        vit.load_adapter(tmp_path / "missing.safetensors")
     save_file({"w": torch.ones(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match=r"foreign\.safetensors: expected 'adapter'"):
         vit.load_adapter(tmp_path / "foreign.safetensors")
@@ -161,7 +161,7 @@ def test_other_kinds_of_file_are_refused(tmp_path):
         vit.load_adapter(tmp_path / "text.safetensors")
 
 
-def test_a_trunk_that_moved_can_be_named(tmp_path):
+def test_moved_pretrained_weights_can_be_named(tmp_path):
     trunk, info = adapted("full")
     checkpoint.save_adapter(tmp_path / "trunk.safetensors", trunk, info)
     model, info = adapted("lora", weights=str(tmp_path / "trunk.safetensors"))
@@ -173,8 +173,8 @@ def test_a_trunk_that_moved_can_be_named(tmp_path):
     assert torch.equal(loaded(IMAGES), model(IMAGES))
 
 
-def test_a_trunk_that_another_processor_rounds_differently_is_the_same_trunk(tmp_path, monkeypatch):
-    """Interpolated positions and random trunks differ in their last bits between processors."""
+def test_a_trunk_rounded_differently_by_another_processor_is_accepted(tmp_path, monkeypatch):
+    """The last bits of interpolated positions and random weights depend on the processor."""
     path, build = tmp_path / "a.safetensors", vit.build
 
     def nudged(names):
@@ -211,8 +211,8 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full_disk(file, content):
-        with open(file, "wb") as half:
-            half.write(content[: len(content) // 2])
+        with open(file, "wb") as stream:
+            stream.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)

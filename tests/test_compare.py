@@ -1,4 +1,4 @@
-"""compare.py: its table against its own raw figures, those against the runs, and what stops and goes on."""
+"""compare.py: its table against its rows, its rows against the runs, and how it stops and resumes."""
 
 import csv
 import os
@@ -18,12 +18,12 @@ from trees import pets
 
 import compare
 import train
-from engine import checkpoint, report
+from engine import checkpoint, pictures, report
 from engine.config import parse
 from engine.run import Run
 
 TINY = "--limit 40 --epochs 1 --batch-size 8 --image-size 14 --workers 0 --device cpu".split()
-# Of the embedded trunk, 6 blocks of 128 and 512, at rank 2, with the head's 1,290
+# For the embedded trunk (6 blocks, widths 128 and 512) at rank 2, with the head's 1,290.
 TRAINABLE = {
     "head": 1_290,
     "lora": 1_290 + 6 * 2 * (4 * (128 + 128) + 2 * (128 + 512)),
@@ -34,22 +34,28 @@ TRAINABLE = {
 
 
 def launch(self, flags, log):
-    """Comparison.launch without a process of its own, which takes seconds, and without pictures."""
+    """Comparison.launch in this process: a new one takes seconds to start."""
     with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
         return train.main(flags)
+
+
+def draw_blank(run, *_):
+    """pictures.draw_run without its pictures, which take longer than the training."""
+    for name in ("confusion", "predictions"):
+        Image.new("RGB", (1, 1)).save(run.folder / f"{name}.png")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def in_process():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare.Comparison, "launch", launch)
-        patch.setattr(train, "draw", lambda *_: None)
+        patch.setattr(pictures, "draw_run", draw_blank)
         yield
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """All five methods, two seeds, one dropout: the folder."""
+    """The folder of a comparison of all five methods with two seeds and one dropout."""
     out = tmp_path_factory.mktemp("whole") / "out"
     flags = ["--ranks", "2", "--seeds", "2", "--dropouts", "0.5", "--out", str(out)]
     assert compare.main([*flags, *TINY]) == 0
@@ -73,12 +79,12 @@ def read_tables(out):
 
 
 def assert_is(cell, values):
-    """The cell is the values' mean ± standard deviation, to the tenth of a percent."""
+    """The cell is the mean ± standard deviation of the values, to a tenth of a percent."""
     wanted = [100 * np.mean(values), 100 * np.std(values, ddof=1)]
     assert [float(part) for part in cell.split(" ± ")] == pytest.approx(wanted, abs=0.0501)
 
 
-def test_a_row_says_what_its_run_left(whole):
+def test_a_row_has_the_results_of_its_run(whole):
     rows = read_rows(whole)
     for row in rows:
         folder = whole / row["run"]
@@ -86,8 +92,8 @@ def test_a_row_says_what_its_run_left(whole):
         for key in ("val_accuracy", "val_loss", "images_per_second", "trainable", "total"):
             assert float(row[key]) == last["result"][key], (row["run"], key)
         with open(folder / "metrics.csv", newline="") as file:
-            found = [line["val_accuracy"] for line in csv.DictReader(file) if line["val_accuracy"]]
-        assert float(row["val_accuracy"]) == max(map(float, found))
+            values = [line["val_accuracy"] for line in csv.DictReader(file) if line["val_accuracy"]]
+        assert float(row["val_accuracy"]) == max(map(float, values))
         _, info = checkpoint.read_adapter(folder)
         assert info["adapter"] == row["method"] and str(info["seed"]) == row["seed"]
         assert last["config"]["lr"] == float(row["lr"])
@@ -96,10 +102,10 @@ def test_a_row_says_what_its_run_left(whole):
         assert int(row["trainable"]) == TRAINABLE[row["method"]]
         assert info["rank"] == (int(row["rank"]) if row["rank"] else 4)
     runs = {path.parent.name for path in whole.glob("*/last.pt")}
-    assert sorted(runs) == sorted(row["run"] for row in rows)  # each once
+    assert sorted(runs) == sorted(row["run"] for row in rows)  # each run once
 
 
-def test_the_best_on_validation_is_trained_with_all_seeds_and_it_alone_is_tested(whole):
+def test_only_the_best_on_validation_is_trained_with_all_seeds_and_tested(whole):
     rows = read_rows(whole)
     finals = [row for row in rows if row["final"]]
     for method in TRAINABLE:
@@ -126,8 +132,8 @@ def test_the_table_follows_from_the_rows(whole):
 
     def final(name, dropout, key):
         wanted = (names[name], dropout, "1")
-        of = [row for row in rows if (row["method"], float(row["dropout"]), row["final"]) == wanted]
-        return [float(row[key]) for row in of]
+        keys = [(row["method"], float(row["dropout"]), row["final"]) for row in rows]
+        return [float(row[key]) for row, found in zip(rows, keys, strict=True) if found == wanted]
 
     assert {line[0] for line in tables["Comparison"]} == set(names)
     edges = 0
@@ -145,7 +151,7 @@ def test_the_table_follows_from_the_rows(whole):
         assert lr.endswith("\\*") == at_edge and (not at_edge or len(tried) == 5)
         edges += at_edge
     text = (whole / "comparison.md").read_text(encoding="utf-8")
-    assert ("at their edge" in text) == bool(edges)
+    assert ("smallest or largest rate tried was the best" in text) == bool(edges)
     assert len(tables["Dropout of the adapters"]) == 6
     for name, _, dropout, val, test in tables["Dropout of the adapters"]:
         assert_is(val, final(name, float(dropout), "val_accuracy"))
@@ -159,8 +165,8 @@ def test_the_table_follows_from_the_rows(whole):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
-    """By ctrl-C in the third run, before it says anything: the first two are not trained again."""
+def test_a_stopped_comparison_resumes(whole, tmp_path, monkeypatch, capsys):
+    """After ctrl-C in the third run, the first two are not trained again."""
     flags = ["--methods", "head", "--ranks", "2", "--seeds", "2", "--dropouts", ""]
     flags += ["--out", str(tmp_path / "out"), *TINY]
     started = []
@@ -175,18 +181,17 @@ def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(compare.Comparison, "launch", stopped)
     assert compare.main(flags) == 130
-    for number in (signal.SIGINT, signal.SIGTERM):  # as before
+    for number in (signal.SIGINT, signal.SIGTERM):  # the handlers are restored
         assert signal.getsignal(number) is not compare.stop
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert (
-        line.startswith("compare.py: stopped by SIGINT") and "go on with the same command" in line
-    )
+    message = "finished work is saved: resume with the same command"
+    assert line == f"compare.py: stopped by SIGINT; {message}"
     done = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/*/last.pt")}
     assert len(done) == 2 and not (tmp_path / "out" / "comparison.csv").exists()
     assert compare.main(flags) == 0
     chosen = {row["run"] for row in read_rows(tmp_path / "out") if row["final"]}
-    for path, then in done.items():  # the chosen one is tested, later
-        assert (path.stat().st_mtime_ns == then) == (path.parent.name not in chosen), path
+    for path, time in done.items():  # only a chosen run is tested later
+        assert (path.stat().st_mtime_ns == time) == (path.parent.name not in chosen), path
     assert set(started[:2]).isdisjoint(set(started[3:]) - chosen)
 
     def comparable(rows):
@@ -194,7 +199,7 @@ def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
         return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
     assert comparable(read_rows(tmp_path / "out")) == comparable(read_rows(whole))
-    monkeypatch.setattr(compare.Comparison, "launch", None)  # nothing is left to start
+    monkeypatch.setattr(compare.Comparison, "launch", None)  # no run is left to start
     before = (tmp_path / "out" / "comparison.csv").read_bytes()
     assert compare.main(flags) == 0
     assert (tmp_path / "out" / "comparison.csv").read_bytes() == before
@@ -203,7 +208,7 @@ def test_stopped_it_goes_on_where_it_was(whole, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path, start):
-    """The command itself, with two runs at once, which would take half an hour; an escape ends."""
+    """The command itself, with two parallel runs that would take half an hour."""
     flags = "--methods head,lora --ranks 2 --seeds 1 --jobs 2 --out out --limit 400 --epochs 5000"
     command = [sys.executable, ROOT / "compare.py", *flags.split(), "--image-size", "14"]
     runs = [tmp_path / "out" / f"{name}-seed0" for name in ("head-lr0.04", "lora-rank2-lr0.002")]
@@ -214,12 +219,12 @@ def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path, start):
         lambda: process.poll() is None,
     )
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=LIMIT)
+    _, error = process.communicate(timeout=LIMIT)
     assert process.returncode == 130
-    assert re.fullmatch(r"compare.py: stopped by SIGINT; .*go on with the same command\n", said)
+    assert re.fullmatch(r"compare.py: stopped by SIGINT; .*resume with the same command\n", error)
     for run, log in zip(runs, logs, strict=True):
         step = checkpoint.read_resume(run / "last.pt")["step"]
-        words = f"stopped by SIGTERM after step {step}; last.pt stands at step {step}; go on with"
+        words = f"stopped by SIGTERM after step {step}; last.pt is at step {step}; resume with"
         assert step > 0 and words in log.read_text().splitlines()[-1]
 
 
@@ -228,9 +233,9 @@ def test_ctrl_c_reaches_the_runs_and_they_save(tmp_path, start):
     [
         ({1: 0.9}, [0.4, 1, 2.5]),  # the centre is best
         ({0.4: 0.9, 0.16: 0.8}, [0.4, 1, 2.5, 0.16]),
-        ({0.4: 0.9, 0.16: 0.95, 0.064: 0.99}, [0.4, 1, 2.5, 0.16, 0.064]),  # five at most
+        ({0.4: 0.9, 0.16: 0.95, 0.064: 0.99}, [0.4, 1, 2.5, 0.16, 0.064]),  # at most five
         ({2.5: 0.9, 6.25: 0.95, 15.625: 0.9}, [0.4, 1, 2.5, 6.25, 15.625]),
-        ({0.4: 0.9, 2.5: 0.9}, [0.4, 1, 2.5, 0.16]),  # of equals the smaller
+        ({0.4: 0.9, 2.5: 0.9}, [0.4, 1, 2.5, 0.16]),  # the smaller of two equals
     ],
 )
 def test_the_search_leaves_the_grid_only_at_its_edge(accuracies, tried):
@@ -241,7 +246,7 @@ def test_the_search_leaves_the_grid_only_at_its_edge(accuracies, tried):
     assert compare.best_lr(scores) == max(sorted(accuracies), key=accuracies.get)
 
 
-def test_of_equal_accuracies_the_smaller_loss_is_better():
+def test_the_smaller_loss_decides_between_equal_accuracies():
     assert compare.best_lr({0.1: (0.9, -2.0), 0.2: (0.9, -1.0), 0.3: (0.8, -0.1)}) == 0.2
 
 
@@ -249,35 +254,33 @@ def test_kept_is_what_autograd_saves():
     def kept(*flags):
         return report.kept(parse([*TINY, *flags]), 10)
 
-    # 8 images of 4 patches and a class token: the head's input is a view of all 5 tokens, and
-    # cross_entropy keeps log-probabilities, labels and the sum of weights
+    # 8 images of 4 patches and a class token. The head's input is a view of all 5 tokens; cross_entropy
+    # keeps log-probabilities, labels and the sum of weights.
     probe = 8 * 5 * 128 * 4 + 8 * 10 * 4 + 8 * 8 + 4
     assert kept("--adapter", "head") == probe
     assert kept("--adapter", "head", "--batch-size", "16") == 2 * probe - 4
-    # with each rank more LoRA keeps a number a row in each of the 36 layers, and of one of the factors a
-    # row, which was multiplied by scale
+    # For one more rank, LoRA keeps one more number per token in each of the 36 layers, and one more row or
+    # column of the factor that is multiplied by scale.
     lora = {rank: kept("--adapter", "lora", "--rank", str(rank)) for rank in (2, 8)}
     factors = 6 * (4 * 128 + 128 + 512)
     assert lora[8] - lora[2] == (8 - 2) * (8 * 5 * 36 + factors) * 4
     full = kept("--adapter", "full")
     assert 20 * probe < lora[2] < 1.1 * full
-    images = 8 * 3 * 14 * 14 * 4  # only where the patches' own weights train are they kept
+    images = 8 * 3 * 14 * 14 * 4  # kept only if the weights of the patches train
     assert full > kept("--adapter", "lokr") + images
 
 
 def diverge(log):
-    """As a run whose loss is not finite: the exit status."""
+    """Write the log of a run whose loss is not finite, and return its exit status."""
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     folder = log.with_suffix("")
-    run = SimpleNamespace(
-        optimizer=optimizer, scaler=scaler, saved=None, step=3, folder=folder
-    )
+    run = SimpleNamespace(optimizer=optimizer, scaler=scaler, saved=None, step=3, folder=folder)
     log.write_text(f"train.py: {Run.diverged(run, 'the loss is nan')}\n")
     return 2
 
 
-def test_a_learning_rate_that_diverges_is_not_taken(tmp_path, monkeypatch):
+def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch):
     def last_diverges(self, flags, log):
         return diverge(log) if "0.0125" in flags else launch(self, flags, log)
 
@@ -292,12 +295,14 @@ def test_a_learning_rate_that_diverges_is_not_taken(tmp_path, monkeypatch):
     assert "LoRA | 2 | 0.0125 | diverged" in text
 
 
-def test_where_every_trial_or_a_final_run_diverges_it_ends(tmp_path, monkeypatch, capsys):
+def test_divergence_of_every_trial_or_of_a_final_run_ends_the_comparison(
+    tmp_path, monkeypatch, capsys
+):
     flags = ["--methods", "lora", "--ranks", "2", "--out", str(tmp_path / "out"), *TINY]
     monkeypatch.setattr(compare.Comparison, "launch", lambda self, flags, log: diverge(log))
     assert compare.main(flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == "compare.py: lora rank 2: diverged at every learning rate; give a smaller --lr"
+    assert line == "compare.py: lora rank 2: diverged at every learning rate; try a smaller --lr"
     assert len(list(tmp_path.glob("out/*.log"))) == 5
     monkeypatch.setattr(compare.Comparison, "launch", None)  # they are not tried again
     assert compare.main(flags) == 2 and capsys.readouterr().err.strip() == line
@@ -311,18 +316,18 @@ def test_where_every_trial_or_a_final_run_diverges_it_ends(tmp_path, monkeypatch
     assert re.match(r"compare.py: lora rank 2 .* seed 0: train.py: the loss is nan at step 3", line)
 
 
-def test_a_run_that_fails_stops_it_with_the_run_s_own_words(tmp_path, capsys):
+def test_a_failed_run_ends_the_comparison_with_the_run_s_message(tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--methods", "head", "--ranks", "2", "--seeds", "1", "--dropouts", "", *TINY]
     out.mkdir()
-    (out / "head-lr0.1-seed0").write_text("in the way")
+    (out / "head-lr0.1-seed0").write_text("a file, not a folder")
     assert compare.main([*flags, "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
         f"compare.py: head lr 0.1 seed 0: train.py: --out {out}/head-lr0.1-seed0:"
     )
     assert str(out / "head-lr0.1-seed0.log") in line
-    assert checkpoint.read_resume(out / "head-lr0.04-seed0" / "last.pt")["result"]  # is kept
+    assert checkpoint.read_resume(out / "head-lr0.04-seed0" / "last.pt")["result"]  # it stays
     assert compare.main([*flags, "--out", str(out), "--epochs", "2"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "--epochs was 1, is now 2" in line
@@ -338,17 +343,17 @@ def test_a_run_that_fails_stops_it_with_the_run_s_own_words(tmp_path, capsys):
         ("--jobs 0", "--jobs 0: expected >= 1"),
         ("--dropouts 0.1,1", r"--dropouts 0.1,1: expected numbers in \[0, 1\)"),
         ("--methods lora,dora", "--methods lora,dora: expected some of head, lora"),
-        ("--methods=", "expected one at least"),
-        ("--seed 1", "--seed: compare.py sets it itself"),
-        ("--adap lora", "--adapter: compare.py sets it itself"),
-        ("--test", "--test: compare.py sets it itself"),
+        ("--methods=", "expected at least one"),
+        ("--seed 1", "--seed: compare.py sets it for each run"),
+        ("--adap lora", "--adapter: compare.py sets it for each run"),
+        ("--test", "--test: compare.py sets it for each run"),
         ("--rnaks 2", "unrecognized arguments: --rnaks 2"),
         ("--epochs 0", "--epochs 0: expected >= 1"),
         ("--dataset folder --data-dir nowhere", "nowhere"),
         ("--targets nothing", "target 'nothing' matches no"),
     ],
 )
-def test_what_cannot_work_is_one_line_before_anything_is_trained(
+def test_a_mistake_gives_one_line_before_anything_is_trained(
     flags, words, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -358,7 +363,7 @@ def test_what_cannot_work_is_one_line_before_anything_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
-def test_without_a_test_split_validation_is_reported_and_the_table_says_so(tmp_path, monkeypatch):
+def test_without_a_test_split_the_table_says_so(tmp_path, monkeypatch):
     pets(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     flags = "--methods head --seeds 1 --dataset folder --data-dir photos --epochs 1 --out out"
@@ -372,29 +377,29 @@ def test_without_a_test_split_validation_is_reported_and_the_table_says_so(tmp_p
 
 
 def test_jobs_share_the_threads_or_the_gpus(monkeypatch):
-    at = SimpleNamespace(jobs=2, config=SimpleNamespace(device="auto"))
+    comparison = SimpleNamespace(jobs=2, config=SimpleNamespace(device="auto"))
     share = compare.Comparison.share
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert share(at, 1) == {"OMP_NUM_THREADS": "4"}
+    assert share(comparison, 1) == {"OMP_NUM_THREADS": "4"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [share(at, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    assert [share(comparison, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert [share(at, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
-    at.config.device = "cpu"
-    assert share(at, 0) == {"OMP_NUM_THREADS": "4"}
-    at.jobs = 1
-    assert share(at, 0) == {}
+    assert [share(comparison, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "5", "3"]
+    comparison.config.device = "cpu"
+    assert share(comparison, 0) == {"OMP_NUM_THREADS": "4"}
+    comparison.jobs = 1
+    assert share(comparison, 0) == {}
 
 
-def test_a_table_is_not_lost_to_one_of_fewer_lines(whole, tmp_path, capsys):
+def test_a_table_is_not_replaced_by_a_smaller_one(whole, tmp_path, capsys):
     before = (whole / "comparison.csv").read_bytes()
     flags = ["--seeds", "2", "--out", str(whole), *TINY]
     assert compare.main(["--methods", "lora", "--ranks", "2", *flags]) == 2
     error = capsys.readouterr().err
-    assert "comparison.csv: has head seed 0, which this comparison would leave out" in error
+    assert "comparison.csv: has head seed 0, which this comparison would drop" in error
     assert error.count("\n") == 1
     flags = ["--ranks", "2", "--dropouts", "0.5", "--seeds", "1", "--out", str(whole), *TINY]
     assert compare.main(flags) == 2
@@ -402,4 +407,4 @@ def test_a_table_is_not_lost_to_one_of_fewer_lines(whole, tmp_path, capsys):
     assert (whole / "comparison.csv").read_bytes() == before
     (tmp_path / "comparison.csv").write_text("a,b\n1,2\n")
     assert compare.main(["--methods", "head", "--out", str(tmp_path), *TINY]) == 2
-    assert "comparison.csv: is no table of compare.py's" in capsys.readouterr().err
+    assert "comparison.csv: not a table of compare.py" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Batches: what they hold against PIL and against each other, and what becomes of files that are broken."""
+"""Batches of images, compared with PIL and with each other; unreadable files; and the cache."""
 
 import os
 import pickle
@@ -37,9 +37,9 @@ def split_of(*paths):
     return Split(np.zeros(len(paths), np.int64), [str(path) for path in paths])
 
 
-def all_of(split, how=PLAIN, **more):
-    """All images and labels of one epoch, with no worker processes unless they are asked for."""
-    parts = list(data.batches(split, 6, how, **{"workers": 0, **more}))
+def all_of(split, preprocessing=PLAIN, **settings):
+    """All images and labels of one epoch; without worker processes unless settings say so."""
+    parts = list(data.batches(split, 6, preprocessing, **{"workers": 0, **settings}))
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 
@@ -49,7 +49,7 @@ def random_pixels(*shape, seed=0):
 
 @pytest.mark.parametrize("size", [12, 30, 100])
 @pytest.mark.parametrize("flip", [False, True])
-def test_resize_of_a_crop_is_pil_s(size, flip):
+def test_resized_crops_equal_pil_s(size, flip):
     images = random_pixels(6, 40, 52, 3)
     draws = torch.rand(6, 5, generator=GENERATOR).tolist()
     boxes = [random_box(d, 40, 52, 0.08) for d in draws]
@@ -72,21 +72,21 @@ def test_resize_of_a_crop_is_pil_s(size, flip):
         assert (b - expected.flip(1)).abs().max() > 20
 
 
-def test_a_gpu_s_path_gives_the_crops_of_the_other():
-    """The same numbers, but for the rounding to whole pixel values in the one."""
+def test_crops_of_a_batch_on_the_gpu_equal_crops_of_single_images():
+    """Up to rounding: single images are rounded to whole pixel values."""
     split = Split(np.arange(9), pixels=random_pixels(9, 64, 64, 3))
-    how = {**PLAIN, "image_size": 40, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    crops = Crops(split, how, 0.3, True)
+    preprocessing = {**PLAIN, "image_size": 40, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    crops = Crops(split, preprocessing, 0.3, True)
     for draws in (torch.rand(9, 5, generator=GENERATOR).tolist(), [None] * 9):
-        wanted = list(zip(range(9), draws, strict=True))
-        together = crops.on_device(wanted, torch.device("cpu"))
-        one_by_one = crops.on_cpu((crops[w] for w in wanted), 9)
+        requests = list(zip(range(9), draws, strict=True))
+        together = crops.on_device(requests, torch.device("cpu"))
+        one_by_one = crops.on_cpu((crops[request] for request in requests), 9)
         assert together.shape == (9, 3, 40, 40)
         assert (together - one_by_one).abs().max() < 1.01 / 255 / 0.5
         assert (together - one_by_one.flip(0)).abs().max() > 1
 
 
-def test_random_boxes_are_inside_and_of_the_wanted_areas_and_ratios():
+def test_random_boxes_are_inside_the_image_with_the_right_areas_and_ratios():
     draws = torch.rand(4000, 5, generator=GENERATOR).tolist()
     for height, width in [(512, 512), (20, 10_000), (1, 1), (384, 512)]:
         boxes = np.array([random_box(d, height, width, 0.08) for d in draws])
@@ -101,7 +101,7 @@ def test_random_boxes_are_inside_and_of_the_wanted_areas_and_ratios():
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_each_image_is_cropped_and_flipped_on_its_own(kept, tmp_path):
+def test_each_image_has_its_own_crop_and_flip(kept, tmp_path):
     ramp = np.tile(np.arange(64, dtype=np.uint8)[:, None] * 4, (64, 1, 3))  # brighter to the right
     if kept:
         split = Split(np.arange(32), pixels=np.stack([ramp] * 32))
@@ -119,21 +119,22 @@ def test_each_image_is_cropped_and_flipped_on_its_own(kept, tmp_path):
     assert (never[:, 0, 16, -1] > never[:, 0, 16, 0]).all()
 
 
-def test_evaluation_is_the_centre_in_order_and_never_random():
+def test_evaluation_takes_the_centres_in_order_and_is_never_random():
     pixels = random_pixels(8, 64, 64, 3)
     split = Split(np.arange(8), pixels=pixels)
-    how = {**PLAIN, "image_size": 32, "crop": 0.5, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    images, labels = all_of(split, how)
+    preprocessing = {**PLAIN, "image_size": 32, "crop": 0.5}
+    preprocessing |= {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    images, labels = all_of(split, preprocessing)
     centre = torch.from_numpy(pixels[:, 16:48, 16:48]).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(how[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
     torch.testing.assert_close(images, (centre - mean) / std, rtol=0, atol=1e-5)
     assert labels.tolist() == list(range(8))
-    again, _ = all_of(split, how, seed=1, epoch=3)
+    again, _ = all_of(split, preprocessing, seed=1, epoch=3)
     assert torch.equal(images, again)
 
 
 @pytest.mark.parametrize("source", ["pixels", "files", "cached"])
-def test_batches_depend_on_seed_and_epoch_and_not_on_workers(source, tmp_path):
+def test_batches_depend_on_seed_and_epoch_but_not_on_workers(source, tmp_path):
     if source == "pixels":
         split = data.load("demo", limit=20).train
     else:
@@ -154,13 +155,12 @@ def test_batches_depend_on_seed_and_epoch_and_not_on_workers(source, tmp_path):
 
 @pytest.mark.parametrize("orientation", [1, 6, 8])
 @pytest.mark.parametrize("cache", [False, True])
-def test_large_images_are_decoded_upright_and_near_the_exact_crop(tmp_path, orientation, cache):
-    """Decoding a JPEG at a smaller scale must give the crop that full decoding gives."""
+def test_large_images_are_upright_and_close_to_the_exact_crop(tmp_path, orientation, cache):
+    """Decoding a JPEG at a smaller scale gives the same crop as decoding it at full size."""
     path = tmp_path / "a.jpg"
     y, x = np.mgrid[:384, :512]
-    blocks = (
-        20 + 90 * ((x // 12 + y // 12) % 2) + x // 5 + y // 10
-    )  # an eighth of the size would blur them
+    # At an eighth of the size these blocks would be blurred.
+    blocks = 20 + 90 * ((x // 12 + y // 12) % 2) + x // 5 + y // 10
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     Image.fromarray(blocks.astype(np.uint8)).convert("RGB").save(path, quality=95, exif=exif)
@@ -176,13 +176,13 @@ def test_large_images_are_decoded_upright_and_near_the_exact_crop(tmp_path, orie
         box = [(width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2]
         exact = np.array(full.resize((64, 64), Image.Resampling.BILINEAR, box=box))
     exact = torch.from_numpy(exact).permute(2, 0, 1) / 255
-    # what is kept has whole pixels of its own size: the crop may lie half of one beside
+    # The crop of a cached image has whole pixels of a smaller image: it may be half a pixel off.
     assert (image - exact).abs().mean() < (0.1 if cache else 0.03)
     assert (image - exact.flip(-1, -2)).abs().mean() > 0.15
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "LA", "1", "I;16"])
-def test_every_kind_of_pixel_becomes_rgb(mode, tmp_path):
+def test_every_pixel_mode_becomes_rgb(mode, tmp_path):
     path = tmp_path / f"1.{'jpg' if mode == 'CMYK' else 'png'}"
     if mode == "I;16":
         Image.fromarray(np.full((100, 120), 124 * 256 + 3, np.uint16)).save(path)
@@ -220,22 +220,22 @@ def test_every_format_is_turned_upright(suffix, mode, tmp_path):
     assert all_of(split_of(tmp_path / f"1.{suffix}"), train=True)[0].shape == (1, 3, 28, 28)
 
 
-def test_pixels_of_no_known_range_are_refused(tmp_path):
+def test_pixels_of_unknown_range_are_refused(tmp_path):
     Image.fromarray(np.full((90, 90), 0.8, np.float32)).save(tmp_path / "1.tif")
     with pytest.raises(ValueError, match="pixels of mode F; save it with 8 or 16 bits"):
         all_of(split_of(tmp_path / "1.tif"))
 
 
-def test_a_broken_exif_block_breaks_one_image_and_not_the_run(tmp_path, capfd):
+def test_a_broken_exif_block_breaks_one_image_but_not_the_run(tmp_path, capfd):
     files = sorted(pets(tmp_path).rglob("*.jpg"))
     content = files[3].read_bytes()
-    at = content.index(b"Exif")
-    for cut in range(6, 30):
-        files[3].write_bytes(content[: at + cut] + b"\xff\x00\x7f" + content[at + cut + 3 :])
+    start = content.index(b"Exif")
+    for i in range(start + 6, start + 30):
+        files[3].write_bytes(content[:i] + b"\xff\x00\x7f" + content[i + 3 :])
         assert len(all_of(split_of(*files))[0]) == 20
 
 
-def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path, monkeypatch):
+def test_a_jpeg_is_decoded_only_as_large_as_its_crop_needs(tmp_path, monkeypatch):
     write_image(tmp_path / "1.jpg", 0, 0, (1024, 768))
     decoded, upright_rgb = [], images.upright_rgb
     monkeypatch.setattr(
@@ -248,7 +248,7 @@ def test_a_jpeg_is_decoded_no_larger_than_its_crop_needs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (10_000, 20), (20, 10_000)])
 @pytest.mark.parametrize("cache", [False, True])
-def test_odd_sizes_are_images_too(size, cache, tmp_path):
+def test_images_of_odd_sizes_are_read(size, cache, tmp_path):
     Image.new("RGB", size, (200, 100, 50)).save(tmp_path / "odd.png")
     write_image(tmp_path / "plain.jpg", 0, 0, (120, 90))
     split = split_of(tmp_path / "plain.jpg", tmp_path / "odd.png")
@@ -260,7 +260,7 @@ def test_odd_sizes_are_images_too(size, cache, tmp_path):
 
 
 def broken(folder):
-    """pets with three files that are no images, each in another way."""
+    """Images of pets, three of them broken in different ways: empty, cut off, not an image."""
     pets(folder)
     whole = (folder / "cat" / "3 ü.jpg").read_bytes()
     for name, content in (("2", b""), ("3", whole[:700]), ("6", b"no image")):
@@ -269,7 +269,7 @@ def broken(folder):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_broken_file_is_replaced_by_the_next_and_named_once(cache, tmp_path, capfd):
+def test_a_broken_file_is_replaced_by_the_next_one_and_named_once(cache, tmp_path, capfd):
     folder = broken(tmp_path / "pets")
     files = [str(path) for path in sorted(folder.rglob("*.jpg"))]
 
@@ -280,27 +280,27 @@ def test_a_broken_file_is_replaced_by_the_next_and_named_once(cache, tmp_path, c
     keep(reference, tmp_path / "cache", 28, cache)
     epochs = [all_of(reference, train=True, epoch=epoch) for epoch in (0, 0)]
     assert all(torch.equal(a, b) for a, b in zip(*epochs, strict=True))
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 3 and all("cannot be read" in line for line in said)
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 3 and all("cannot be read" in line for line in warnings)
     assert sorted(reference.bad) == [2, 3, 6]
     evaluated, labels = all_of(reference)
     assert torch.equal(evaluated[2], evaluated[4]) and torch.equal(evaluated[3], evaluated[4])
     assert torch.equal(evaluated[6], evaluated[7]) and not torch.equal(evaluated[7], evaluated[8])
     assert labels.tolist() == [0] * 10 + [1] * 10
-    some, _ = all_of(reference.rows(np.array([4, 6, 7])))
-    assert torch.equal(some[0], evaluated[4]) and torch.equal(some[1], some[2])
+    subset, _ = all_of(reference.rows(np.array([4, 6, 7])))
+    assert torch.equal(subset[0], evaluated[4]) and torch.equal(subset[1], subset[2])
     for workers in (1, 2):
         other = split()
         keep(other, tmp_path / "cache", 28, cache)
         capfd.readouterr()
-        found = all_of(other, train=True, workers=workers)
+        images = all_of(other, train=True, workers=workers)
         assert cache or capfd.readouterr().err.count("cannot be read") == 3
-        assert all(torch.equal(a, b) for a, b in zip(epochs[0], found, strict=True))
-    mark_bad(reference, 2, "met again, as a stand-in")
+        assert all(torch.equal(a, b) for a, b in zip(epochs[0], images, strict=True))
+    mark_bad(reference, 2, "a second time")
     assert not capfd.readouterr().err
 
 
-def test_the_label_is_that_of_the_image_that_is_shown(tmp_path):
+def test_a_replaced_image_has_the_label_of_its_replacement(tmp_path):
     folder = pets(tmp_path, images=3)
     (folder / "cat" / "2 ü.jpg").write_bytes(b"no image")  # the next one that can be read is a dog
     files = [str(path) for path in sorted(folder.rglob("*.jpg"))]
@@ -310,7 +310,7 @@ def test_the_label_is_that_of_the_image_that_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_too_many_broken_files_stop_with_their_names(cache, tmp_path):
+def test_too_many_broken_files_are_an_error_that_names_them(cache, tmp_path):
     folder = pets(tmp_path / "pets", images=30)
     files = [str(path) for path in sorted(folder.rglob("*.jpg"))]
     for file in files[5:15]:
@@ -321,13 +321,13 @@ def test_too_many_broken_files_stop_with_their_names(cache, tmp_path):
         all_of(split)
     assert all(file in str(error.value) for file in files[5:15]) and "\n" not in str(error.value)
     nine = Split(split.labels, [*files[:5], files[0], *files[6:]])
-    assert len(all_of(nine)[0]) == 60, "nine of them do not"
+    assert len(all_of(nine)[0]) == 60, "nine are not too many"
     many = Split(np.zeros(2000, np.int64), (files[:5] + files[15:]) * 40)
     many.files[:10] = files[5:15]
-    assert len(all_of(many)[0]) == 2000, "nor ten of 2,000"
+    assert len(all_of(many)[0]) == 2000, "neither are ten of 2,000"
 
 
-def test_nothing_that_can_be_read_is_an_error(tmp_path):
+def test_no_readable_image_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="none of the 3 images can be read"):
@@ -353,13 +353,13 @@ def test_small_images_are_decoded_once(tmp_path, monkeypatch, capsys):
     assert "24 images are decoded" in capsys.readouterr().out
     again = split_of(*split.files)
     with monkeypatch.context() as patch:
-        patch.setattr(Whole, "__getitem__", lambda *_: pytest.fail("decoded twice"))
+        patch.setattr(Whole, "__getitem__", lambda *_: pytest.fail("decoded a second time"))
         keep(again, tmp_path / "cache")
     assert np.array_equal(again.pixels, split.pixels) and not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["content", "time", "pixels", "index"])
-def test_kept_pixels_that_do_not_fit_are_made_anew(change, tmp_path, capsys):
+def test_kept_pixels_that_do_not_match_are_written_again(change, tmp_path, capsys):
     split = small(tmp_path)
     keep(split, tmp_path / "cache")
     capsys.readouterr()
@@ -377,10 +377,10 @@ def test_kept_pixels_that_do_not_fit_are_made_anew(change, tmp_path, capsys):
     for row in (4, 5):
         with Image.open(split.files[row]) as image:
             assert np.array_equal(np.array(image.convert("RGB")), again.pixels[row])
-    assert len(list((tmp_path / "cache").iterdir())) == 2, "the old one is gone"
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "the old file is replaced"
 
 
-def test_small_images_of_many_sizes_and_a_large_one_among_them(tmp_path):
+def test_small_images_of_many_sizes_and_a_large_one(tmp_path):
     for i, size in enumerate([(64, 64), (50, 90), (96, 96)]):
         write_image(tmp_path / f"{i}.png", i, i, size)
     split = split_of(*sorted(tmp_path.glob("*.png")))
@@ -390,31 +390,31 @@ def test_small_images_of_many_sizes_and_a_large_one_among_them(tmp_path):
         (90, 50),
         (96, 96),
     ]
-    loaded = pickle.loads(pickle.dumps(split.pixels))  # as a worker process that is spawned gets it
+    loaded = pickle.loads(pickle.dumps(split.pixels))  # as a spawned worker process receives it
     assert np.array_equal(loaded[1], split.pixels[1])
-    some = split.rows(np.array([2, 0]))
-    assert np.array_equal(some.pixels[0], split.pixels[2]) and len(some) == 2
+    subset = split.rows(np.array([2, 0]))
+    assert np.array_equal(subset.pixels[0], split.pixels[2]) and len(subset) == 2
     write_image(tmp_path / "3.png", 3, 3, (300, 200))
     mixed = split_of(*sorted(tmp_path.glob("*.png")))
     for workers in (0, 2):
         keep(mixed, tmp_path / "cache", workers=workers)
-        assert mixed.pixels is None, "decoded in each epoch, as large images are"
+        assert mixed.pixels is None, "large images are decoded in each epoch"
     assert len(all_of(mixed)[0]) == 4
     keep(mixed, tmp_path / "cache", 112, cache=True)
     assert mixed.pixels[3].shape == (128, 192, 3) and mixed.pixels[0].shape == (64, 64, 3)
     assert not [file for file in (tmp_path / "cache").iterdir() if "tmp" in file.name]
 
 
-def test_what_could_not_be_read_once_is_tried_again(tmp_path, capfd):
+def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, capfd):
     split = small(tmp_path)
-    path, now = Path(split.files[5]), os.stat(split.files[5])
+    path, stat = Path(split.files[5]), os.stat(split.files[5])
     content = path.read_bytes()
     path.write_bytes(b"x" * len(content))
-    os.utime(path, ns=(now.st_atime_ns, now.st_mtime_ns))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     keep(split, tmp_path / "cache")
     assert list(split.bad) == [5]
-    path.write_bytes(content)  # as after a failure of the network: the same size and time
-    os.utime(path, ns=(now.st_atime_ns, now.st_mtime_ns))
+    path.write_bytes(content)  # same size and time, as after a network failure
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     again = split_of(*split.files)
     keep(again, tmp_path / "cache")
     assert not again.bad and again.pixels[5].any()
@@ -429,7 +429,7 @@ def test_cached_images_have_the_size_that_evaluation_needs(tmp_path):
     assert shapes == [(256, 341), (768, 256), (90, 100)]
 
 
-def test_without_room_small_images_are_kept_in_memory(tmp_path, monkeypatch, capfd):
+def test_on_a_full_disk_small_images_are_kept_in_memory(tmp_path, monkeypatch, capfd):
     split, reference = small(tmp_path), small(tmp_path)
     keep(reference, tmp_path / "cache")
     free = type("usage", (), {"free": 1000})
@@ -458,19 +458,19 @@ assert split.pixels.shape == (24, 64, 64, 3) and split.pixels.any()
 """
 
 
-def test_a_disk_that_fills_while_images_are_kept(tmp_path):
-    """The system itself refuses to write on, after 100,000 bytes."""
+def test_a_disk_that_fills_while_images_are_written(tmp_path):
+    """The system itself stops writing after 100,000 bytes."""
     small(tmp_path)
     command = [sys.executable, "-c", LIMITED, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
     assert "they are kept in memory" in process.stderr
-    assert not list((tmp_path / "cache").iterdir()), "nothing half written is left"
+    assert not list((tmp_path / "cache").iterdir()), "no half-written file is left"
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, capfd):
+def test_a_cache_folder_that_cannot_be_written(tmp_path, capfd):
     split = small(tmp_path)
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "file").write_text("not a folder")
     keep(split, tmp_path / "file" / "cache")
     assert split.pixels.shape == (24, 64, 64, 3)
     assert "they are kept in memory" in capfd.readouterr().err
@@ -488,7 +488,7 @@ print(int(split.pixels.sum(dtype="int64")))
 """
 
 
-def test_two_runs_may_keep_the_same_images_at_once(tmp_path, start):
+def test_several_runs_may_keep_the_same_images_at_once(tmp_path, start):
     split = small(tmp_path, images=100)
     command = [sys.executable, "-c", BUILD, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
     runs = [start(command) for _ in range(3)]
@@ -499,7 +499,7 @@ def test_two_runs_may_keep_the_same_images_at_once(tmp_path, start):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_what_a_killed_run_was_writing_is_removed_once_it_is_old(tmp_path):
+def test_old_temporary_files_of_a_killed_run_are_removed(tmp_path):
     folder = tmp_path / "cache"
     folder.mkdir()
     for name in ("old", "fresh"):
@@ -510,10 +510,10 @@ def test_what_a_killed_run_was_writing_is_removed_once_it_is_old(tmp_path):
 
 
 def test_a_picture_of_an_augmented_batch(tmp_path):
-    """To be looked at: upright, natural colours, crops and mirrorings that differ."""
+    """For human eyes: upright, natural colours, different crops and flips."""
     split = data.load("folder", str(pets(tmp_path, images=12, size=(512, 384)))).train
-    how = {"image_size": 96, "mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.875}
-    images, _ = all_of(split, how, train=True)
+    preprocessing = {"image_size": 96, "mean": [0.5] * 3, "std": [0.5] * 3, "crop": 0.875}
+    images, _ = all_of(split, preprocessing, train=True)
     assert 0.5 < images.abs().max() <= 1.001 and images.std() > 0.1
     torchvision.utils.save_image(images[:16] * 0.5 + 0.5, tmp_path / "batch.png", nrow=8)
     assert Image.open(tmp_path / "batch.png").size[0] > 700

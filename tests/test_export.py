@@ -1,4 +1,4 @@
-"""Adapters that leave for the real PEFT, transformers and torchvision, and others' that come in."""
+"""export.py in both directions, checked with the real PEFT, transformers and torchvision."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ IMAGES = torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
 
 
 def opened(folder, base=None):
-    """The folder in today's PEFT and transformers, in the way of their documentation."""
+    """The folder's model, loaded with PEFT and transformers as in their documentation."""
     config = peft.PeftConfig.from_pretrained(folder)
     id2label = json.loads((folder / "id2label.json").read_text("utf-8"))
     model = AutoModelForImageClassification.from_pretrained(
@@ -72,12 +72,12 @@ def test_a_folder_opens_in_peft_with_our_logits(case, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(theirs(IMAGES).logits, logits, rtol=0, atol=1e-5)
     assert theirs.config.id2label[1] == "crème brûlée"
-    if case != "loha-bias":  # PEFT trains and keeps biases with LoRA alone
+    if case != "loha-bias":  # PEFT trains and saves biases only with LoRA
         theirs.save_pretrained(tmp_path / "resaved")
         export.from_peft(tmp_path / "resaved", tmp_path / "b.safetensors", classes="x,y,z")
         a, b = (checkpoint.read_adapter(tmp_path / f"{n}.safetensors")[0] for n in "ab")
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    # the controls: a wrong alpha, a layer that is not there
+    # the controls: a wrong alpha, a missing layer
     alpha = "lora_alpha" if "lora" in case else "alpha"
     for n, wrong in enumerate(
         [
@@ -94,9 +94,14 @@ def test_a_folder_opens_in_peft_with_our_logits(case, tmp_path):
         opened(tmp_path / "folder")
 
 
-def test_prediction_in_the_way_of_peft_s_documentation(tmp_path):
-    seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875, "image_size": 28}
-    model = write_adapter(tmp_path / "a.safetensors", "lokr", **seen)
+def test_prediction_as_in_peft_s_documentation(tmp_path):
+    preprocessing = {
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.3, 0.4],
+        "crop": 0.875,
+        "image_size": 28,
+    }
+    model = write_adapter(tmp_path / "a.safetensors", "lokr", **preprocessing)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     write_image(tmp_path / "image.jpg", 3, 1, (60, 84))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "folder")
@@ -107,13 +112,13 @@ def test_prediction_in_the_way_of_peft_s_documentation(tmp_path):
         ours = model(encoding["pixel_values"])
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     split = images.Split(np.zeros(1, np.int64), [str(tmp_path / "image.jpg")])
-    pixels, _ = next(data.batches(split, 1, seen, workers=0))
+    pixels, _ = next(data.batches(split, 1, preprocessing, workers=0))
     difference = (pixels - encoding["pixel_values"]).abs()
-    assert difference.mean() < 0.1 < pixels.std() / 5, "the folder says how we see an image"
+    assert difference.mean() < 0.1 < pixels.std() / 5, "the folder prepares images as we do"
 
 
-def test_a_trunk_of_hugging_face_s_needs_no_copy(tmp_path):
-    """eps and all: the model is the one that they have."""
+def test_pretrained_weights_of_hugging_face_need_no_copy(tmp_path):
+    """The folder names their model, whose eps is kept too."""
     hf_vit(CLASSES).save_pretrained(tmp_path / "trunk")
     model = write_adapter(tmp_path / "a.safetensors", "lora", str(tmp_path / "trunk"))
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder", base=str(tmp_path / "trunk"))
@@ -144,17 +149,17 @@ def old_name(name):
 
 
 def old_tree(model) -> nn.Module:
-    """The linear layers of a ViT in modules named as they were before transformers 5."""
+    """The linear layers of a ViT, in modules with the names of older transformers."""
     tree = nn.Module()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             *path, last = old_name(name).split(".")
-            place = tree
+            parent = tree
             for part in path:
-                if part not in dict(place.named_children()):
-                    place.add_module(part, nn.Module())
-                place = getattr(place, part)
-            place.add_module(last, layer)
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(last, layer)
     return tree
 
 
@@ -175,24 +180,29 @@ def test_older_transformers_find_every_layer_and_no_other(case, tmp_path):
         torch.testing.assert_close(found[name], layer.delta_weight(), rtol=1e-5, atol=1e-6)
     head = theirs.base_model.model.classifier.modules_to_save["default"]
     assert torch.equal(head.weight, model.heads.head.weight)
-    # the control: today's names alone are not found there
+    # the control: the new names alone are not found
     rewrite(tmp_path / "folder", config=lambda c: c.update(target_modules=["q_proj", "fc2"]))
     with pytest.raises(ValueError, match="No modules were targeted"):
         peft.PeftModel.from_pretrained(old_tree(hf_vit(CLASSES)), tmp_path / "folder")
 
 
 @every_case
-def test_there_and_back_keeps_every_tensor_bit_for_bit(case, tmp_path):
-    seen = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop": 0.875, "image_size": 28}
-    write_adapter(tmp_path / "a.safetensors", case, **seen)
+def test_a_round_trip_keeps_every_tensor_bit_for_bit(case, tmp_path):
+    preprocessing = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "crop": 0.875,
+        "image_size": 28,
+    }
+    write_adapter(tmp_path / "a.safetensors", case, **preprocessing)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     export.from_peft(tmp_path / "folder", tmp_path / "b.safetensors")
-    (a, told), (b, told_back) = (
+    (a, info), (b, info_back) = (
         checkpoint.read_adapter(tmp_path / f"{n}.safetensors") for n in "ab"
     )
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert told_back == {**told, "weights": str(tmp_path / "folder" / "base")}
+    assert info_back == {**info, "weights": str(tmp_path / "folder" / "base")}
     (tmp_path / "folder").rename(tmp_path / "moved")
     export.from_peft(tmp_path / "moved", tmp_path / "c.safetensors", classes="one,two,three")
     assert vit.load_adapter(tmp_path / "c.safetensors")[1]["classes"] == [
@@ -202,7 +212,7 @@ def test_there_and_back_keeps_every_tensor_bit_for_bit(case, tmp_path):
     ]
 
 
-PEFT_S = {
+CONFIGS = {
     "lora": peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.1, target_modules=["q_proj", "fc2"]),
     "lora-bias": peft.LoraConfig(r=3, lora_alpha=7, bias="all", target_modules="all-linear"),
     "lora-own": peft.LoraConfig(r=3, lora_alpha=7, bias="lora_only", target_modules=["q_proj"]),
@@ -215,10 +225,10 @@ PEFT_S = {
 
 
 def peft_trained(case, root):
-    """A folder that PEFT trained and saved itself: PeftModel."""
+    """Train a model with PEFT and save it to root/folder; return the PeftModel."""
     hf_vit(CLASSES).save_pretrained(root / "trunk")
     base = AutoModelForImageClassification.from_pretrained(root / "trunk")
-    config = copy.deepcopy(PEFT_S[case])
+    config = copy.deepcopy(CONFIGS[case])
     config.modules_to_save = ["classifier"]
     torch.manual_seed(0)
     model = peft.get_peft_model(base, config)
@@ -232,11 +242,11 @@ def peft_trained(case, root):
     return model.eval()
 
 
-@pytest.mark.parametrize("names", ["today", "older"])
-@pytest.mark.parametrize("case", PEFT_S)
-def test_what_peft_trained_opens_here_with_its_logits(case, names, tmp_path):
+@pytest.mark.parametrize("names", ["new", "old"])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_folder_that_peft_trained_gives_its_logits_here(case, names, tmp_path):
     theirs = peft_trained(case, tmp_path)
-    if names == "older":
+    if names == "old":
 
         def rename(tensors):
             for key in list(tensors):
@@ -252,7 +262,7 @@ def test_what_peft_trained_opens_here_with_its_logits(case, names, tmp_path):
     with torch.no_grad():
         logits = theirs(IMAGES).logits
         torch.testing.assert_close(ours(IMAGES), logits, rtol=0, atol=1e-5)
-    # the control: with another alpha it is another model
+    # the control: with another alpha, the logits differ
     alpha = "lora_alpha" if "lora" in case else "alpha"
     rewrite(tmp_path / "folder", config=lambda c: c.update({alpha: c[alpha] + 20}))
     export.from_peft(tmp_path / "folder", tmp_path / "b.safetensors", classes=str(classes))
@@ -284,7 +294,7 @@ def keep(tensors):
         (
             lambda t: t.update({old_name(KEY): torch.ones(3, 128)}),
             {},
-            "expected the tensor that stands under the layer's other name",
+            "expected the same tensor as under the layer's other name",
         ),
         (keep, {"use_dora": True}, "use_dora: expected none, found True"),
         (keep, {"use_rslora": True}, "use_rslora: expected none"),
@@ -316,12 +326,12 @@ def test_incomplete_folders_and_missing_names_are_refused(tmp_path):
     peft_trained("lora", tmp_path)
     folder, path = tmp_path / "folder", tmp_path / "a.safetensors"
     with pytest.raises(
-        ValueError, match=r"names of its 3 classes, found 0; name them with --classes"
+        ValueError, match=r"names of its 3 classes, found 0; give them with --classes"
     ):
         export.from_peft(folder, path)
     with pytest.raises(ValueError, match="3 classes, found 2"):
         export.from_peft(folder, path, classes="x,y")
-    with pytest.raises(ValueError, match="3 classes, found 101"):  # too long for a file's name
+    with pytest.raises(ValueError, match="3 classes, found 101"):  # too long for a file name
         export.from_peft(folder, path, classes=",".join(f"class number {i}" for i in range(101)))
     (folder / "adapter_config.json").rename(tmp_path / "config")
     with pytest.raises(FileNotFoundError, match=r"expected adapter_config\.json"):
@@ -342,20 +352,20 @@ class Bomb:
         return (open, ("bomb-went-off", "w"))
 
 
-def test_a_hostile_bin_is_refused_and_an_honest_one_read(tmp_path, monkeypatch):
+def test_a_malicious_bin_is_refused_and_a_harmless_one_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     peft_trained("lora", tmp_path)
     file = tmp_path / "folder" / "adapter_model.safetensors"
     tensors = load_file(file)
     file.unlink()
     torch.save(tensors, tmp_path / "folder" / "adapter_model.bin")
-    export.from_peft("folder", "honest.safetensors", classes="x,y,z")
+    export.from_peft("folder", "harmless.safetensors", classes="x,y,z")
     torch.save({**tensors, "x": Bomb()}, tmp_path / "folder" / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"adapter_model\.bin: not a file of tensors"):
-        export.from_peft("folder", "hostile.safetensors", classes="x,y,z")
+        export.from_peft("folder", "malicious.safetensors", classes="x,y,z")
     assert not (tmp_path / "bomb-went-off").exists()
     torch.load("folder/adapter_model.bin", weights_only=False)
-    assert (tmp_path / "bomb-went-off").exists(), "the control: unpickled, it does go off"
+    assert (tmp_path / "bomb-went-off").exists(), "the control: unpickling runs its code"
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -372,18 +382,18 @@ def test_stock_torchvision_loads_the_merged_model_strictly(case, suffix, tmp_pat
         logits = model(IMAGES)
         torch.testing.assert_close(stock(IMAGES), logits, rtol=0, atol=1e-5)
         assert (fresh - logits).abs().max() > 1e-2
-    if case in CASES:  # the control: without the adapter it is another model
+    if case in CASES:  # the control: without the adapter, the logits differ
         plain, _ = vit.build("vit_mini", "embedded", 3)
         plain.heads = model.heads
         assert (plain.eval()(IMAGES) - logits).abs().max() > 1e-3
 
 
 def test_vit_b_16_and_its_eps_in_torchvision(tmp_path):
-    """At full size. A trunk of Hugging Face's has another eps, which a state dict cannot say."""
+    """At full size. Hugging Face's weights have another eps, which a state dict does not store."""
     trunk, _ = vit.build("vit_b_16", "none", 3)
     adapt(trunk, "full")
     for p in trunk.parameters():
-        p.data *= 0.003 if p.ndim > 1 else 1  # small activations, for which eps matters
+        p.data *= 0.003 if p.ndim > 1 else 1  # eps matters for small activations
     info = {"adapter": "full", "rank": 4, "alpha": 4.0, "targets": "all", "bias": "none"}
     info |= {"factor": -1, "decompose_both": False, "model": "vit_b_16", "weights": "none"}
     info |= {"seed": 0, "trunk": "", "eps": 1e-12, "classes": CLASSES, "preprocessing": vit.HALF}
@@ -414,13 +424,13 @@ def test_endings_are_the_shortest_that_no_other_layer_has():
     assert endings(queries + firsts, ["head", *blocks]) == ["query", "mlp.0"]
     assert endings(queries[:1], [queries[1]]) == ["blocks.0.query"]
     assert endings(["b.out"], ["a.out"]) == ["b.out"]
-    with pytest.raises(ValueError, match="out: expected a name that ends no other"):
+    with pytest.raises(ValueError, match="out: expected a name that is not the end of another"):
         endings(["out"], ["a.out"])
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(3, 5.0), (2, 1 / 3), (7, 0.1)])
 def test_alpha_is_the_one_that_was_given(rank, alpha, tmp_path):
-    """The layer keeps alpha / rank alone: times rank, that can be a hair off."""
+    """The layer stores only alpha / rank; times rank, this can differ from alpha by a rounding error."""
     model = nn.Sequential(nn.Linear(9, 8))
     replace_linear(model, lambda layer: LoRALinear(layer, rank=rank, alpha=alpha), head="")
     mark_trainable(model, head="")
@@ -430,12 +440,14 @@ def test_alpha_is_the_one_that_was_given(rank, alpha, tmp_path):
     assert config["lora_alpha"] / rank == model[0].scale
 
 
-def test_models_that_peft_cannot_hold_are_refused(tmp_path):
+def test_models_that_peft_cannot_save_are_refused(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="no adapter: put some in"):
+    with pytest.raises(ValueError, match="no adapter: add adapters"):
         save_peft(model, tmp_path / "folder")
     replace_linear(model, lambda layer: LoRALinear(layer, rank=2, alpha=3), ["0"])
-    with pytest.raises(ValueError, match=r"0\.linear\.weight trains, and PEFT has no place"):
+    with pytest.raises(
+        ValueError, match=r"0\.linear\.weight is trainable, but a PEFT folder has no place"
+    ):
         save_peft(model, tmp_path / "folder")
     replace_linear(model, lambda layer: LoRALinear(layer, rank=2, alpha=5), ["1"])
     model.requires_grad_(False)
@@ -452,12 +464,12 @@ def test_models_that_peft_cannot_hold_are_refused(tmp_path):
         ("a.safetensors", "expected either --to or --from; see --help"),
         ("a.safetensors --to onnx x", "--to onnx: expected peft or torchvision"),
         ("b.safetensors --from torchvision x", "--from torchvision: expected peft; see"),
-        ("nothing.safetensors --to peft x", "nothing.safetensors: no such adapter file"),
-        ("a.safetensors --to peft there", "there: holds an adapter already"),
-        ("a.safetensors --from peft there", "a.safetensors: exists already"),
-        ("a.safetensors --to torchvision a.safetensors", "a.safetensors: exists already"),
+        ("missing.safetensors --to peft x", "missing.safetensors: no such adapter file"),
+        ("a.safetensors --to peft folder", "folder: already holds an adapter"),
+        ("a.safetensors --from peft folder", "a.safetensors: already exists"),
+        ("a.safetensors --to torchvision a.safetensors", "a.safetensors: already exists"),
         ("a.safetensors --to torchvision no/x.pth", "no: no such folder; make it first"),
-        ("b.safetensors --from peft nowhere", "nowhere: expected adapter_config.json, found no"),
+        ("b.safetensors --from peft missing", "missing: expected adapter_config.json, found no"),
         ("head.safetensors --to peft x", "adapter: expected one of lora, loha, lokr, found 'head'"),
     ],
 )
@@ -465,13 +477,13 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     write_adapter("a.safetensors", "lora")
     write_adapter("head.safetensors", "head")
-    export.to_peft("a.safetensors", "there")
+    export.to_peft("a.safetensors", "folder")
     assert export.main(flags.split()) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("export.py: ") and message in error and "\n" not in error
 
 
-def test_the_command_line_there_and_back(run_script, tmp_path):
+def test_the_command_line_converts_both_ways(run_script, tmp_path):
     write_adapter(tmp_path / "a.safetensors", "lokr")
     for flags in ("a.safetensors --to peft folder", "b.safetensors --from peft folder"):
         process = run_script("export.py", *flags.split())

@@ -1,4 +1,4 @@
-"""train.py --init-adapter: from our own file, from a folder that PEFT trained, with the old head or a new."""
+"""train.py --init-adapter: from our file or a folder that PEFT trained, with the old head or a new one."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ QUICK = "--dataset folder --data-dir pets --epochs 1 --batch-size 4 --workers 0 
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch):
-    """Two images of each class, and of one class more in other/."""
+    """Two images of each class in pets/; the same and one more class in other/."""
     monkeypatch.chdir(tmp_path)
     for root, names in (("pets", CLASSES), ("other", [*CLASSES, "more"])):
         for label, name in enumerate(sorted(names)):
@@ -37,8 +37,8 @@ def tensors(path):
 
 
 @pytest.mark.parametrize("case", ["lora", "loha", "lokr-both", "head", "full"])
-def test_a_run_starts_from_its_tensors_and_settings(case, pets, capsys):
-    """At a learning rate of nothing it ends where it started: at the adapter, head and all."""
+def test_a_run_starts_from_the_adapter_s_tensors_and_settings(case, pets, capsys):
+    """With a learning rate of almost 0, the run ends with the adapter it started from, head included."""
     write_adapter("a.safetensors", case, classes=sorted(CLASSES))
     assert train.main([*QUICK, "--init-adapter", "a.safetensors", "--out", "run"]) == 0
     assert "start: a.safetensors, its head too" in capsys.readouterr().out
@@ -46,29 +46,29 @@ def test_a_run_starts_from_its_tensors_and_settings(case, pets, capsys):
     assert start.keys() == end.keys()
     for key in start:
         torch.testing.assert_close(end[key], start[key], rtol=1e-6, atol=1e-9, msg=key)
-    (_, told), (_, kept) = (
+    (_, start_info), (_, end_info) = (
         checkpoint.read_adapter(p) for p in ("a.safetensors", "run/adapter.safetensors")
     )
     for key in (*ADAPT, "model", "classes", "preprocessing"):
-        assert kept[key] == told[key], key
-    # the control: without it, the run starts elsewhere
-    settings = ["--adapter", case.split("-")[0], "--rank", str(told["rank"]), "--out", "fresh"]
-    assert train.main([*QUICK, *settings]) == 0
+        assert end_info[key] == start_info[key], key
+    # the control: without --init-adapter, the run starts from another head
+    settings = ["--adapter", case.split("-")[0], "--rank", str(start_info["rank"])]
+    assert train.main([*QUICK, *settings, "--out", "fresh"]) == 0
     assert not torch.equal(
         tensors("fresh/adapter.safetensors")["heads.head.weight"], start["heads.head.weight"]
     )
 
 
-def test_images_are_prepared_as_the_adapter_had_them(pets, capsys):
-    """Not as its trunk's file would have it: the head goes with how it saw the images."""
-    seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875}
-    write_adapter("a.safetensors", "lora", classes=sorted(CLASSES), **seen)
+def test_images_are_prepared_as_for_the_adapter(pets, capsys):
+    """The adapter's preprocessing wins over that of the pretrained weights: its head was trained with it."""
+    preprocessing = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875}
+    write_adapter("a.safetensors", "lora", classes=sorted(CLASSES), **preprocessing)
     export.to_peft("a.safetensors", "folder")
     export.from_peft("folder", "back.safetensors")
     for start in ("a.safetensors", "folder", "back.safetensors"):
         run = train.prepare(parse([*QUICK, "--init-adapter", start]))
         found = run.info["preprocessing"]
-        assert {key: pytest.approx(found[key]) for key in seen} == seen, start
+        assert {key: pytest.approx(found[key]) for key in preprocessing} == preprocessing, start
         run.lock.close()
 
 
@@ -92,11 +92,11 @@ def test_other_classes_get_a_fresh_head(pets, capsys):
     )
     adapters = [key for key in start if "lora_" in key]
     assert adapters and all(torch.equal(start[key], end[key]) for key in adapters)
-    # as many classes with other names: their rows would mean something else
+    # as many classes with other names: the head's rows would mean other classes
     write_adapter("b.safetensors", "lora", classes=["x", "y", "z"])
     assert train.main([*QUICK, "--init-adapter", "b.safetensors", "--out", "named"]) == 0
     assert "a new head" in capsys.readouterr().out
-    export.to_peft("b.safetensors", "folder")  # a folder with names
+    export.to_peft("b.safetensors", "folder")  # a PEFT folder with class names
     assert train.main([*QUICK, "--init-adapter", "folder", "--out", "foreign"]) == 0
     assert "a new head" in capsys.readouterr().out
     assert not torch.equal(
@@ -106,7 +106,7 @@ def test_other_classes_get_a_fresh_head(pets, capsys):
 
 
 @pytest.mark.parametrize("case", ["lora", "loha", "lokr"])
-def test_a_run_starts_from_what_peft_trained(case, pets, capsys):
+def test_a_run_starts_from_a_folder_that_peft_trained(case, pets, capsys):
     theirs = peft_trained(case, pets)
     assert train.main([*QUICK, "--init-adapter", "folder", "--out", "run"]) == 0
     assert "start: folder, its head too" in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_flags_win_over_the_adapter_and_must_fit_it(pets, capsys):
     assert not (pets / "runs").exists()
 
 
-def test_a_base_that_is_not_here_is_named_unless_given(pets, capsys):
+def test_missing_pretrained_weights_are_named_unless_given(pets, capsys):
     peft_trained("lora", pets)
     file = pets / "folder" / "adapter_config.json"
     config = json.loads(file.read_text())
@@ -151,27 +151,27 @@ def test_a_base_that_is_not_here_is_named_unless_given(pets, capsys):
     assert read_source("again").settings["weights"] == str(pets / "trunk")
 
 
-def test_a_run_goes_on_without_what_it_started_from(pets, stop_after):
-    """last.pt has all of it, also how the images are prepared."""
-    seen = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875}
-    write_adapter("a.safetensors", "loha", classes=sorted(CLASSES), **seen)
+def test_a_run_resumes_without_the_adapter_it_started_from(pets, stop_after):
+    """last.pt holds everything needed, also the preprocessing."""
+    preprocessing = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875}
+    write_adapter("a.safetensors", "loha", classes=sorted(CLASSES), **preprocessing)
     flags = [*QUICK, "--lr", "0.01", "--epochs", "3", "--batch-size", "1"]
     from_a = ["--init-adapter", "a.safetensors"]
     assert train.main([*flags, *from_a, "--out", "unbroken"]) == 0
-    for out in ("same", "moved", "unsaid"):
+    for out in ("same", "moved", "omitted"):
         stop_after(2)
         assert train.main([*flags, *from_a, "--out", out]) == 143
     Path("a.safetensors").rename("b.safetensors")
     for out, start in (
         ("same", from_a),
         ("moved", ["--init-adapter", "b.safetensors"]),
-        ("unsaid", []),
+        ("omitted", []),
     ):
         assert train.main([*flags, *start, "--out", out, "--resume"]) == 0
-        found, wanted = (checkpoint.read_adapter(name) for name in (out, "unbroken"))
-        assert found[1] == wanted[1]
-        assert all(torch.equal(found[0][key], wanted[0][key]) for key in wanted[0])
-    # a run that began without is another one
+        found, expected = (checkpoint.read_adapter(name) for name in (out, "unbroken"))
+        assert found[1] == expected[1]
+        assert all(torch.equal(found[0][key], expected[0][key]) for key in expected[0])
+    # a run that started without an adapter cannot resume with one
     assert train.main([*flags, "--out", "without"]) == 0
     assert (
         train.main([*flags, "--init-adapter", "b.safetensors", "--out", "without", "--resume"]) == 2

@@ -1,4 +1,4 @@
-"""PEFT as the oracle: with the same factors, the same outputs, gradients and training."""
+"""Our layers against PEFT's: with equal factors, equal outputs, gradients and training."""
 
 from functools import partial
 
@@ -12,8 +12,8 @@ from loha import LoHaLinear
 from lokr import LoKrLinear, factorization
 from lora import LoRALinear, mark_trainable, replace_linear
 
-# Scales that are not 1, and exact in float32: PEFT's LoHa rounds its scale to that. Where W2 is whole
-# depends on the layer: see factorization.
+# The scales are not 1, and exact in float32, to which PEFT's LoHa rounds its scale. Whether LoKr's W2 is
+# whole depends on the layer's shape and on rank.
 CASES = {
     "lora": (partial(LoRALinear, rank=5, alpha=7.5), peft.LoraConfig(r=5, lora_alpha=7.5)),
     "loha": (partial(LoHaLinear, rank=5, alpha=7.5), peft.LoHaConfig(r=5, alpha=7.5)),
@@ -32,7 +32,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 def network():
-    """Layers of 32 x 40 and 60 x 32, neither square nor alike, and a head."""
+    """Two layers, 32 x 40 and 60 x 32, that are not square and not equal, and a head."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(40, 32), nn.Tanh(), nn.Linear(32, 60), nn.Tanh(), nn.Linear(60, 3)
@@ -50,8 +50,8 @@ def ours_and_peft_s(case, random_factors):
     for name, p in ours.named_parameters():
         if p.requires_grad:
             layer, factor = name.rsplit(".", 1)
-            held = getattr(theirs.get_submodule(f"base_model.model.{layer}"), factor)["default"]
-            pairs.append((name, p, held.weight if isinstance(held, nn.Module) else held))
+            q = getattr(theirs.get_submodule(f"base_model.model.{layer}"), factor)["default"]
+            pairs.append((name, p, q.weight if isinstance(q, nn.Module) else q))
     assert len(pairs) == sum(p.requires_grad for p in theirs.parameters())
     for _, p, q in pairs:
         assert p.shape == q.shape
@@ -66,7 +66,7 @@ def test_forward_and_all_gradients(case):
     ours, theirs, pairs = ours_and_peft_s(case, random_factors=True)
     x = torch.randn(7, 40, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    outputs = [model(given) for model, given in zip((ours, theirs), inputs, strict=True)]
+    outputs = [model(batch) for model, batch in zip((ours, theirs), inputs, strict=True)]
     assert (outputs[0] - network()(x)).abs().max() > 0.01
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
     for out in outputs:
@@ -92,7 +92,7 @@ def test_twenty_steps_of_adamw_from_the_start(case):
             loss.backward()
             optimizer.step()
             curves[-1].append(loss.item())
-    assert curves[0][-1] < 0.8 * curves[0][0], "it must learn for the curves to mean something"
+    assert curves[0][-1] < 0.8 * curves[0][0], "it must learn, or equal curves prove nothing"
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     for name, p, q in pairs:
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5, msg=name)
@@ -100,7 +100,7 @@ def test_twenty_steps_of_adamw_from_the_start(case):
 
 @every_case
 def test_initial_factors_have_peft_s_zeros_and_spread(case):
-    """Ours are drawn from the same distribution: the same factor is zero, the others' bounds agree."""
+    """The same factors are zero. The others come from the same distribution: their bounds agree."""
     wrap, _ = CASES[case]
     _, _, pairs = ours_and_peft_s(case, random_factors=False)
     fresh = network()

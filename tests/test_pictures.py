@@ -1,4 +1,4 @@
-"""The pictures and what they are made of: counts of confused classes, norms and ranks of delta W."""
+"""The pictures and their numbers: counts of confused classes, norms and ranks of delta W."""
 
 import copy
 import io
@@ -24,15 +24,15 @@ from engine import checkpoint, pictures
 from engine.config import Config
 from engine.run import Stopped
 
-# 60 characters; what mathtext would stumble over; none at all of some letters
+# Long names, names that mathtext would misread, and letters outside of ASCII.
 NAMES = ["a name of sixty characters, of which a picture can show few ", r"$\frac$", "crème brûlée"]
 NAMES += ["$5 and $6", "a_b^2", "w" * 60, "Straße", "{", "%", "\\"]
-NAMES += [os.fsdecode(b"caf\xe9")]  # of a folder whose name is no UTF-8
+NAMES += [os.fsdecode(b"caf\xe9")]  # a folder's name that is not UTF-8
 LONG = "runs/demo-lora-0-20260101-120000/" * 5 + NAMES[-1]
 
 
 def plain_counts(file, split):
-    """How often each class is said of each, image by image."""
+    """The confusion matrix, counted image by image."""
     model, info = vit.load_adapter(file)
     counts = torch.zeros(2 * [len(info["classes"])], dtype=torch.int32)
     for images, labels in data.batches(split, 1, info["preprocessing"], workers=0):
@@ -42,7 +42,7 @@ def plain_counts(file, split):
 
 
 def moved(model):
-    """||delta W|| / ||W|| of each adapted layer, by what a merge makes of it."""
+    """||delta W|| / ||W|| of each adapted layer, from its merged weight."""
     layers = [module for module in model.modules() if hasattr(module, "delta_weight")]
     pairs = [(layer.linear.weight, copy.deepcopy(layer).merge().weight) for layer in layers]
     return [((after - W).norm() / W.norm()).item() for W, after in pairs]
@@ -50,24 +50,24 @@ def moved(model):
 
 @pytest.fixture
 def three_epochs(tmp_path, monkeypatch):
-    """A run whose first epoch is the best one, stopped in the second and gone on with: its folder, and
-    the norms at the end of each epoch."""
+    """(folder, norms after each epoch) of a run whose first epoch is the best; stopped in the second and
+    resumed."""
     evaluate, step = train.evaluate, train.train_step
     accuracies, norms, steps = iter([0.9, 0.2, 0.3]), [], []
 
-    def judged(model, *arguments):
+    def evaluated(model, *arguments):
         loss, _ = evaluate(model, *arguments)
         norms.append(moved(model))
         return loss, next(accuracies)
 
-    def stops(*arguments):
+    def stopped_step(*arguments):
         steps.append(1)
         if len(steps) == 8:
             signal.raise_signal(signal.SIGTERM)
         return step(*arguments)
 
-    monkeypatch.setattr(train, "evaluate", judged)
-    monkeypatch.setattr(train, "train_step", stops)
+    monkeypatch.setattr(train, "evaluate", evaluated)
+    monkeypatch.setattr(train, "train_step", stopped_step)
     settings = {"limit": 48, "epochs": 3, "batch_size": 8, "workers": 0, "adapter": "loha"}
     config = Config(out=tmp_path / "run", resume=True, **settings)
     with pytest.raises(Stopped):
@@ -76,28 +76,30 @@ def three_epochs(tmp_path, monkeypatch):
     return tmp_path / "run", norms
 
 
-def test_confusion_is_that_of_the_best_epoch_and_outlives_a_stop(three_epochs):
+def test_the_confusions_are_those_of_the_best_epoch_after_a_resume(three_epochs):
     folder, _ = three_epochs
     counts = checkpoint.read_resume(folder / "last.pt")["extra"]["confusion"]
     wanted = plain_counts(folder / "adapter.safetensors", data.load("demo", limit=48).val)
     assert torch.equal(counts, wanted)
-    assert wanted.sum() == 48 and wanted.diagonal().sum() < 40, "there is confusion to count"
+    assert wanted.sum() == 48 and wanted.diagonal().sum() < 40, "some images are confused"
 
 
-def test_tensorboard_has_the_norms_of_each_epoch_and_the_pictures(three_epochs):
+def test_tensorboard_has_the_norms_of_each_epoch_and_both_pictures(three_epochs):
     folder, norms = three_epochs
-    events = EventAccumulator(str(folder), {"histograms": 0}).Reload()  # 0: all
+    events = EventAccumulator(str(folder), {"histograms": 0}).Reload()  # 0 means all
     histograms = events.Histograms("weights/relative_update")
     assert [event.step for event in histograms] == [6, 12, 18]
     for event, wanted in zip(histograms, norms, strict=True):
-        found, wanted = event.histogram_value, np.array(wanted)
-        assert found.num == 36
-        assert (found.min, found.max) == pytest.approx((wanted.min(), wanted.max()), rel=1e-4)
+        histogram, wanted = event.histogram_value, np.array(wanted)
+        assert histogram.num == 36
+        assert (histogram.min, histogram.max) == pytest.approx(
+            (wanted.min(), wanted.max()), rel=1e-4
+        )
         sums = (wanted.sum(), (wanted**2).sum())
-        assert (found.sum, found.sum_squares) == pytest.approx(sums, rel=1e-4)
-    assert sum(norms[2]) > sum(norms[0]) > 0, "epochs that are alike tell no order"
+        assert (histogram.sum, histogram.sum_squares) == pytest.approx(sums, rel=1e-4)
+    assert sum(norms[2]) > sum(norms[0]) > 0, "equal epochs would not show a wrong order"
     for name in ("predictions", "confusion"):
-        (event,) = events.Images(name)
+        (event,) = events.Images(f"val/{name}")
         shown = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
         drawn = 255 * imread(folder / f"{name}.png")
         assert shown.shape == drawn.shape and np.abs(shown - drawn).max() <= 1
@@ -105,7 +107,7 @@ def test_tensorboard_has_the_norms_of_each_epoch_and_the_pictures(three_epochs):
 
 def test_counts_add_up_over_batches_without_padding():
     logits = torch.eye(3)[[0, 1, 2, 2, 1, 0]]
-    labels = torch.tensor([0, 1, 1, 2, -100, -100])  # padding, as the processes of torchrun have
+    labels = torch.tensor([0, 1, 1, 2, -100, -100])  # padding, as in torchrun's processes
     batches = list(zip(logits.split(4), labels.split(4), strict=True))
     counts = torch.full((3, 3), 10, dtype=torch.int32)
     loss = train.evaluate(torch.nn.Identity(), batches, counts)
@@ -115,12 +117,12 @@ def test_counts_add_up_over_batches_without_padding():
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved from now on."""
+    """The list of all figures saved from now on."""
     figures, save = [], Figure.savefig
 
-    def savefig(figure, *arguments, **more):
+    def savefig(figure, *arguments, **settings):
         figures.append(figure)
-        save(figure, *arguments, **more)
+        save(figure, *arguments, **settings)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
     return figures
@@ -138,7 +140,7 @@ def texts(figure):
 
 @pytest.mark.parametrize("title", ["demo", LONG], ids=["short", "long"])
 @pytest.mark.parametrize("n", [1, 2, 10, 12, 13, 40])
-def test_confusion_s_text_is_within_the_picture(n, title, drawn, tmp_path):
+def test_the_text_of_confusions_is_inside_the_picture(n, title, drawn, tmp_path):
     counts = torch.randint(100, (n, n), generator=torch.Generator().manual_seed(n))
     names = [NAMES[i % len(NAMES)] for i in range(n)]
     pictures.plot_confusion(counts, names, tmp_path / "x.png", title)
@@ -148,7 +150,7 @@ def test_confusion_s_text_is_within_the_picture(n, title, drawn, tmp_path):
     )
 
 
-def test_predictions_and_curves_text_is_within_the_picture(drawn, tmp_path):
+def test_the_text_of_predictions_and_curves_is_inside_the_picture(drawn, tmp_path):
     for n in (1, len(NAMES)):
         images, logits = torch.rand(n, 3, 8, 8), 9 * torch.eye(len(NAMES))[:n]
         labels = torch.arange(n).roll(1)
@@ -162,7 +164,7 @@ def test_predictions_and_curves_text_is_within_the_picture(drawn, tmp_path):
         assert_nothing_is_cut_off(figure)
 
 
-def test_a_matrix_has_shares_of_rows_and_leaves_out_what_does_not_occur(drawn, tmp_path):
+def test_a_matrix_has_the_shares_of_each_row_without_absent_classes(drawn, tmp_path):
     counts = torch.tensor([[7, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 2000]])
     counts[3, 0] = 1
     pictures.plot_confusion(counts, list("abcd"), tmp_path / "x.png", "x")
@@ -173,7 +175,7 @@ def test_a_matrix_has_shares_of_rows_and_leaves_out_what_does_not_occur(drawn, t
     assert cells == {(0, 0): "88", (1, 0): "12", (0, 2): "<.1", (2, 2): "100"}
 
 
-def test_bars_are_the_most_confused_pairs_in_order(drawn, tmp_path):
+def test_bars_show_the_most_confused_pairs_in_order(drawn, tmp_path):
     counts = 50 * torch.eye(20, dtype=torch.int32)
     for i in range(19):
         counts[i, i + 1] = i + 1
@@ -186,13 +188,13 @@ def test_bars_are_the_most_confused_pairs_in_order(drawn, tmp_path):
     assert labels == wanted
     assert [bar.get_width() for bar in axes.patches] == [60, *range(19, 5, -1)]
     assert axes.texts[0].get_text() == "60 of 111, 54 %"
-    assert axes.yaxis.get_inverted(), "the most confused one is above"
+    assert axes.yaxis.get_inverted(), "the most confused pair is on top"
     pictures.plot_confusion(counts.diag().diag(), names, tmp_path / "x.png", "x")
-    assert "all images are said to be what they are" in texts(drawn[1])
+    assert "no confusions" in texts(drawn[1])
 
 
-# On 128 x 128, LoKr's W1 is 8 x 8 and its W2 16 x 16: rank 2 factors W2. With factor 4 they are 4 x 4
-# and 32 x 32, which rank 30 leaves whole.
+# For a layer of 128 x 128, LoKr's W1 is 8 x 8 and W2 16 x 16, and rank 2 factors W2. With factor 4 they are
+# 4 x 4 and 32 x 32, and rank 30 leaves W2 whole.
 WANTED = {
     "lora": ("LoRA rank 3", 2 * 3 * 128, 3),
     "loha": ("LoHa rank 2", 4 * 2 * 128, 2 * 2),
@@ -203,11 +205,11 @@ WANTED = {
 LAYER = "encoder.layers.encoder_layer_1.self_attention.query"
 
 
-def test_ranks_and_numbers_of_delta_w_are_those_of_theory(drawn, tmp_path, monkeypatch, capsys):
+def test_ranks_and_parameters_of_delta_w_are_the_theory_s(drawn, tmp_path, monkeypatch, capsys):
     files, norms = [], []
     for case in WANTED:
-        more = {"lokr-whole": {"factor": 4}, "lokr-both": {"rank": 3}}.get(case, {})
-        monkeypatch.setitem(CASES, case, CASES[case] | {"targets": "query"} | more)
+        changes = {"lokr-whole": {"factor": 4}, "lokr-both": {"rank": 3}}.get(case, {})
+        monkeypatch.setitem(CASES, case, CASES[case] | {"targets": "query"} | changes)
         files.append(str(tmp_path / f"{case}.safetensors"))
         model = write_adapter(files[-1], case)
         norms.append(moved(model)[1])
@@ -233,26 +235,24 @@ def test_ranks_and_numbers_of_delta_w_are_those_of_theory(drawn, tmp_path, monke
 
 def test_blocks_are_multiples_of_the_strongest_one():
     W1, W2 = torch.tensor([[1.0, -4.0, 0.0], [2.0, 3.0, 1.0]]), torch.randn(4, 5)
-    found = spectra.multiples(torch.kron(W1, W2), (2, 3))
-    torch.testing.assert_close(found, W1 / -4.0)
+    multiples = spectra.multiples(torch.kron(W1, W2), (2, 3))
+    torch.testing.assert_close(multiples, W1 / -4.0)
 
 
-def test_the_layer_is_the_one_that_moved_most_and_alike_adapters_are_told_apart(
-    drawn, tmp_path, capsys
-):
-    write_adapter(tmp_path / "b.safetensors", "loha")  # other numbers
+def test_the_most_changed_layer_is_drawn_and_equal_labels_get_file_names(drawn, tmp_path, capsys):
+    write_adapter(tmp_path / "b.safetensors", "loha")  # with other numbers
     model = write_adapter(tmp_path / "a.safetensors", "loha")
     names = [name for name, module in model.named_modules() if hasattr(module, "delta_weight")]
     layer = names[int(np.argmax(moved(model)))]
     files = [str(tmp_path / f"{name}.safetensors") for name in "ab"]
     assert spectra.main([*files, "--out", str(tmp_path / "x.png")]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert [f"LoHa rank 2, {layer}:" in line for line in said] == [True, True], said
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"LoHa rank 2, {layer}:" in line for line in lines] == [True, True], lines
     assert f"delta W of {layer}" in texts(drawn[0])
     assert {text[:15] for text in texts(drawn[0])} >= {"a: LoHa rank 2\n", "b: LoHa rank 2\n"}
 
 
-@pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's, of a division by zero
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # as for a division by zero
 def test_an_adapter_that_has_learnt_nothing_is_drawn(drawn, tmp_path, capsys):
     train.main(
         f"--limit 10 --epochs 1 --lr 1e-30 --workers 0 --weight-decay 0 --out {tmp_path}/run".split()
@@ -272,23 +272,23 @@ def test_an_adapter_that_has_learnt_nothing_is_drawn(drawn, tmp_path, capsys):
         ("lora.safetensors head.safetensors", "head.safetensors: adapter: expected one of lora"),
         (
             "lora.safetensors --layer query",
-            f"--layer query: not adapted in lora.safetensors; there are: .*, {LAYER}, ",
+            f"--layer query: not adapted in lora.safetensors; expected one of: .*, {LAYER}, ",
         ),
         (f"lora.safetensors lokr.safetensors --layer {LAYER}", "not adapted in lokr.safetensors; "),
         ("nothing", "nothing: no such adapter file"),
         ("notes.txt", "notes.txt: not a file of tensors"),
         ("lora.safetensors --out x.doc", "--out x.doc: expected a name that ends in"),
-        ("lora.safetensors --out no/x.png", "--out no/x.png: no is no folder"),
+        ("lora.safetensors --out no/x.png", "--out no/x.png: no is not a folder"),
         ("lora.safetensors --weights no.pth", "no.pth"),
         ("", "required: adapters; see --help"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+def test_a_mistake_gives_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(CASES["lokr"], "targets", "mlp.0")
     for case in ("lora", "lokr", "head"):
         write_adapter(f"{case}.safetensors", case)
-    (tmp_path / "notes.txt").write_text("no adapter")
+    (tmp_path / "notes.txt").write_text("not an adapter")
     assert spectra.main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("spectra.py: ") and re.search(message, error)
@@ -296,7 +296,7 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message, tmp_path, monkey
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_spectra_as_a_process(run_script, tmp_path):
+def test_spectra_as_a_user_runs_it(run_script, tmp_path):
     write_adapter(tmp_path / "a.safetensors", "lokr")
     process = run_script("spectra.py", "a.safetensors")
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""predict.py as a user runs it, against the evaluation of training."""
+"""predict.py as a user runs it, compared with the evaluation of training."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from engine.images import Split
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """An adapter and seven images of every kind; returns their names, sorted."""
+    """The sorted names of seven images of different kinds, beside an adapter file."""
     monkeypatch.chdir(tmp_path)
     write_adapter("a.safetensors", "lokr")
     for i in range(4):
@@ -35,7 +35,7 @@ def photos(tmp_path, monkeypatch):
 
 
 def probabilities(files):
-    """What evaluation in training makes of the files: (files, classes)."""
+    """The probabilities that training's evaluation gives the files: (files, classes)."""
     model, info = vit.load_adapter("a.safetensors")
     split = Split(np.zeros(len(files), np.int64), files)
     images, _ = next(data.batches(split, len(files), info["preprocessing"], workers=0))
@@ -43,7 +43,7 @@ def probabilities(files):
         return model(images).softmax(-1)
 
 
-def test_one_image_says_its_class_and_the_top(photos, run_script):
+def test_one_image_prints_its_class_and_the_top(photos, run_script):
     process = run_script("predict.py", "a.safetensors", photos[4])
     assert process.returncode == 0, process.stderr
     (wanted,) = probabilities([photos[4]])
@@ -56,19 +56,21 @@ def test_one_image_says_its_class_and_the_top(photos, run_script):
 
 
 @pytest.mark.parametrize("flags", ["", "--batch-size 3", "--batch-size 2 --workers 2"])
-def test_a_folder_is_predicted_as_in_evaluation_in_any_batches(flags, photos, capsys):
+def test_a_folder_is_predicted_as_in_evaluation_for_any_batch_size(flags, photos, capsys):
     assert predict.main(["a.safetensors", "photos", "--json", *flags.split()]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["file"] for row in rows] == photos
     wanted = probabilities(photos)
-    assert len({tuple(p.tolist()) for p in wanted}) == 7, "images that differ tell a wrong order"
+    assert len({tuple(p.tolist()) for p in wanted}) == 7, (
+        "equal images would not show a wrong order"
+    )
     for row, p in zip(rows, wanted, strict=True):
-        found = {guess["class"]: guess["probability"] for guess in row["predictions"]}
-        assert [found[name] for name in CLASSES] == pytest.approx(p.tolist(), abs=1e-5)
+        guesses = {guess["class"]: guess["probability"] for guess in row["predictions"]}
+        assert [guesses[name] for name in CLASSES] == pytest.approx(p.tolist(), abs=1e-5)
         assert row["predictions"][0]["class"] == CLASSES[p.argmax()]
 
 
-def test_lines_and_top(photos, capsys):
+def test_several_images_print_one_line_each(photos, capsys):
     assert predict.main(["a.safetensors", *photos[:2], "--top", "1"]) == 0
     wanted = probabilities(photos[:2])
     assert capsys.readouterr().out.splitlines() == [
@@ -91,7 +93,7 @@ def test_unreadable_images_are_named_and_left_out(flags, photos, tmp_path, capsy
     assert predict.main(["a.safetensors", photos[1]]) == 1
 
 
-def test_contact_sheet(photos, tmp_path, capsys):
+def test_contact_sheets_are_drawn(photos, tmp_path, capsys):
     for name, images in (("all.png", ["photos"]), ("one.png", photos[:1])):
         assert predict.main(["a.safetensors", *images, "--figure", name]) == 0
         with Image.open(tmp_path / name) as picture:
@@ -111,7 +113,7 @@ def test_contact_sheet(photos, tmp_path, capsys):
         ("a.safetensors photos --batch-size 0", "--batch-size 0: expected >= 1"),
         (
             "a.safetensors photos --figure no/x.png",
-            "--figure no/x.png: no is no folder; make it first",
+            "--figure no/x.png: no is not a folder; make it first",
         ),
         (
             "a.safetensors photos --figure x.foo",
@@ -120,30 +122,30 @@ def test_contact_sheet(photos, tmp_path, capsys):
         ("a.safetensors", "the following arguments are required: images; see --help"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(flags, message, photos, tmp_path, capsys):
+def test_a_mistake_gives_one_line_and_status_2(flags, message, photos, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert predict.main(flags.split()) == 2
     shown = capsys.readouterr()
     error = shown.err.strip()
     assert error.startswith("predict.py: ") and message in error and "\n" not in error
-    assert not shown.out, "nothing is predicted before a mistake is seen"
+    assert not shown.out, "the mistake is found before anything is predicted"
 
 
-def test_a_reader_who_has_had_enough_is_no_mistake(photos, start):
-    """As predict.py ... | head -n 1."""
-    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # so that the pipe is met at the end alone
+def test_a_closed_pipe_is_not_a_mistake(photos, start):
+    """As in predict.py ... | head -n 1."""
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}  # the pipe is written only at the end
     process = start([sys.executable, ROOT / "predict.py", "a.safetensors", "photos"], env=buffered)
     process.stdout.close()
     assert process.wait(LIMIT) == 1
     assert not process.stderr.read()
 
 
-def test_a_name_that_is_no_text_comes_out_as_it_went_in(photos, start):
+def test_a_file_name_that_is_not_utf_8_is_printed_unchanged(photos, start):
     name = os.fsdecode(b"caf\xe9.jpg")
     os.rename("photos/0.jpg", name)
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     command = [sys.executable, ROOT / "predict.py", "a.safetensors", "photos", name]
     process = start([*command, "--figure", "x.png"], env=strict, text=False)
-    said, error = process.communicate(timeout=LIMIT)
+    output, error = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, error
-    assert b"caf\xe9.jpg" in said and os.path.getsize("x.png") > 5000
+    assert b"caf\xe9.jpg" in output and os.path.getsize("x.png") > 5000

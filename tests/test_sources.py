@@ -1,4 +1,4 @@
-"""Data sets in their true layouts, written here: what is found, how it is split, what is refused."""
+"""Data sets in the layouts of the real ones: how they are found, split and, if broken, refused."""
 
 import gzip
 import hashlib
@@ -32,7 +32,7 @@ def tiny(tmp_path_factory):
 
 
 def paths(root, part):
-    """The relative paths of a split."""
+    """The paths of a split, relative to root."""
     split = getattr(data.load("tiny-imagenet", str(root)), part)
     return [Path(file).relative_to(root).as_posix() for file in split.files]
 
@@ -44,7 +44,7 @@ def test_demo_is_ten_thousand_digits_in_fixed_stratified_splits():
     assert np.bincount(demo.val.labels).tolist() == [200] * 10
     assert len(demo.test) == 4000 and np.bincount(demo.test.labels).min() > 250
     images = [image.tobytes() for s in (demo.train, demo.val, demo.test) for image in s.pixels]
-    assert len(images) == len(set(images)) == 10_000, "no image stands in two splits"
+    assert len(images) == len(set(images)) == 10_000, "no image is in two splits"
 
 
 def test_tiny_imagenet_split_is_stratified_disjoint_and_complete(tiny):
@@ -58,7 +58,7 @@ def test_tiny_imagenet_split_is_stratified_disjoint_and_complete(tiny):
     for part, share in (("train", 16), ("val", 2), ("test", 2)):
         wnids = [file.split("/")[1] for file in parts[part]]
         assert {wnids.count(wnid) for wnid in set(wnids)} == {share}
-    # the mission's numbers, at full size
+    # The counts of the full data set.
     names = [f"train/n{c:08d}/images/{i}.JPEG" for c in range(200) for i in range(500)]
     labels = np.repeat(np.arange(200), 500)
     rows = data.stratified(names, labels, [0.8, 0.1])
@@ -67,14 +67,14 @@ def test_tiny_imagenet_split_is_stratified_disjoint_and_complete(tiny):
     assert sum(rows[1][:50] < 500) == 50 and rows[1][:5].tolist() != list(range(400, 405))
 
 
-def test_tiny_imagenet_split_does_not_depend_on_the_mount(tiny, tmp_path):
+def test_tiny_imagenet_split_does_not_depend_on_the_folder(tiny, tmp_path):
     moved = tmp_path / "elsewhere" / "tiny-imagenet-200"
     shutil.copytree(tiny, moved)
     for part in ("train", "val", "test"):
         assert paths(tiny, part) == paths(moved, part)
 
 
-def test_tiny_imagenet_labels_and_pixels_belong_together(tiny, tmp_path):
+def test_tiny_imagenet_labels_match_their_pixels(tiny, tmp_path):
     loaded = data.load("tiny-imagenet", str(tiny))
     assert loaded.classes[:2] == ["thing 0", "thing 1"]
     for part in ("train", "val", "test"):
@@ -88,14 +88,14 @@ def test_tiny_imagenet_labels_and_pixels_belong_together(tiny, tmp_path):
             assert f"n{split.labels[row]:08d}" in files[row]
 
 
-def test_names_of_two_classes_that_are_alike_keep_their_id(tmp_path):
+def test_equal_names_of_two_classes_keep_their_ids(tmp_path):
     (tmp_path / "words.txt").write_text("n01\tcrane, bird\nn02\tcrane\nn03\tgoldfish, fish\n")
     names = data.readable_names(["n01", "n02", "n03", "n04"], tmp_path / "words.txt", "\t")
     assert names == ["crane n01", "crane n02", "goldfish", "n04"]
 
 
 @pytest.mark.parametrize("below", [".", "kaggle/datasets/someone/tiny-imagenet"])
-def test_data_is_found_below_the_folder_that_is_named(tiny, tmp_path, below, capsys):
+def test_data_is_found_below_the_given_folder(tiny, tmp_path, below, capsys):
     place = tmp_path / below / "tiny-imagenet-200"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(tiny)
@@ -110,7 +110,7 @@ def test_data_is_found_in_the_working_folder(tiny, tmp_path, monkeypatch):
     assert len(data.load("tiny-imagenet").classes) == 6
 
 
-def test_missing_data_says_what_where_and_how(tmp_path, monkeypatch):
+def test_the_error_for_missing_data_says_what_where_and_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError) as error:
         data.load("tiny-imagenet")
@@ -129,16 +129,16 @@ def test_missing_data_says_what_where_and_how(tmp_path, monkeypatch):
         data.load("tiny-imagenet", str(tmp_path / "nowhere"))
 
 
-def test_limit_is_stratified_and_classes_keep_the_whole_list(tiny):
+def test_limit_is_stratified_and_the_list_of_classes_stays_whole(tiny):
     limited = data.load("tiny-imagenet", str(tiny), limit=13)
     assert np.bincount(limited.train.labels).tolist() == [3, 2, 2, 2, 2, 2]
     assert len(limited.val) == 12
-    some = data.load("tiny-imagenet", str(tiny), classes="thing 4,thing 1")
-    assert set(some.train.labels) == {1, 4} and len(some.classes) == 6
+    subset = data.load("tiny-imagenet", str(tiny), classes="thing 4,thing 1")
+    assert set(subset.train.labels) == {1, 4} and len(subset.classes) == 6
     with pytest.raises(ValueError, match=r"'thing 9'.*did you mean thing"):
         data.load("tiny-imagenet", str(tiny), classes="thing 9")
     spaced = data.load("tiny-imagenet", str(tiny), classes=" thing 4, thing 1 ")
-    assert np.array_equal(spaced.train.labels, some.train.labels)
+    assert np.array_equal(spaced.train.labels, subset.train.labels)
     with pytest.raises(ValueError, match="did you mean --dataset folder"):
         data.load("demo", str(tiny))
     with pytest.raises(ValueError, match="limit 0"):
@@ -147,7 +147,7 @@ def test_limit_is_stratified_and_classes_keep_the_whole_list(tiny):
         data.load("mnist")
 
 
-def test_a_folder_of_one_s_own_is_split_by_class(tmp_path):
+def test_a_user_s_own_folder_is_split_within_each_class(tmp_path):
     splits, classes = data.folder(str(pets(tmp_path)))
     assert classes == ["cat", "dög 2"]
     for part, count in (("train", 8), ("val", 2)):
@@ -155,19 +155,19 @@ def test_a_folder_of_one_s_own_is_split_by_class(tmp_path):
     assert not set(splits["train"].files) & set(splits["val"].files)
 
 
-def test_a_folder_with_train_and_val_is_taken_as_it_is(tmp_path):
+def test_a_folder_with_train_and_val_is_not_split_again(tmp_path):
     splits, _ = data.folder(str(pets(tmp_path, ("train", "val"))))
     assert all("/train/" in file for file in splits["train"].files) and len(splits["train"]) == 20
     assert all("/val/" in file for file in splits["val"].files) and len(splits["val"]) == 20
 
 
-def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
+def test_unusable_folders_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data-dir"):
         data.load("folder", str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="for each class, found none"):
         data.load("folder", str(tmp_path))
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"found photos; is it --data-dir .*photos"):
+    with pytest.raises(ValueError, match=r"found photos; did you mean --data-dir .*photos"):
         data.load("folder", str(tmp_path))
     shutil.rmtree(tmp_path / "photos")
     pets(tmp_path, ("train", "val"))
@@ -180,23 +180,23 @@ def test_folders_that_cannot_be_used_are_refused_by_name(tmp_path):
         data.load("folder", str(tmp_path))
 
 
-def test_what_is_no_class_is_not_taken_for_one(tmp_path):
+def test_hidden_folders_and_files_are_ignored(tmp_path):
     pets(tmp_path)
     for name in (".ipynb_checkpoints", "__MACOSX"):
         write_image(tmp_path / name / "0.jpg", 0, 0)
-    (tmp_path / "cat" / "._1 ü.jpg").write_bytes(b"what macOS leaves")
+    (tmp_path / "cat" / "._1 ü.jpg").write_bytes(b"a file of macOS")
     dataset = data.load("folder", str(tmp_path))
     assert dataset.classes == ["cat", "dög 2"]
     assert len(dataset.train) + len(dataset.val) == 20
 
 
-def test_train_alone_is_split_and_valid_is_val(tmp_path):
+def test_a_train_folder_alone_is_split_and_valid_means_val(tmp_path):
     pets(tmp_path / "a", ("train",))
     dataset = data.load("folder", str(tmp_path / "a"))
     assert dataset.classes == ["cat", "dög 2"] and len(dataset.val) == 4
     pets(tmp_path / "b", ("train", "valid"))
     assert len(data.load("folder", str(tmp_path / "b")).val) == 20
-    pets(tmp_path / "c", classes=("train", "bus"))  # vehicles
+    pets(tmp_path / "c", classes=("train", "bus"))  # the vehicles
     assert data.load("folder", str(tmp_path / "c")).classes == ["bus", "train"]
 
 
@@ -232,12 +232,12 @@ def test_fashion_mnist_is_read_from_its_idx_files(gzipped, tmp_path):
         path.with_name(f"{path.name}.gz").write_bytes(b"half")
     else:
         path.write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"t10k-labels-idx1.*not a whole idx file"):
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1.*broken idx file"):
         data.load("fashion-mnist", str(tmp_path))
 
 
-def test_folders_that_may_not_be_read_are_passed_over(tiny, tmp_path, monkeypatch):
-    (tmp_path / "deeper").mkdir()  # the private folder is met before the data
+def test_folders_without_read_permission_are_skipped(tiny, tmp_path, monkeypatch):
+    (tmp_path / "deeper").mkdir()  # the search meets the private folder before the data
     (tmp_path / "deeper" / "tiny-imagenet-200").symlink_to(tiny)
     (tmp_path / "private").mkdir()
     scandir = os.scandir
@@ -251,12 +251,12 @@ def test_folders_that_may_not_be_read_are_passed_over(tiny, tmp_path, monkeypatc
     assert len(data.load("tiny-imagenet", str(tmp_path)).classes) == 6
 
 
-def test_official_validation_of_tiny_imagenet_is_its_test(tiny):
+def test_tiny_imagenet_official_tests_on_the_official_validation_images(tiny):
     dataset = data.load("tiny-imagenet-official", str(tiny))
     plain = data.load("tiny-imagenet", str(tiny))
     assert dataset.train.files == plain.train.files and dataset.val.files == plain.val.files
     assert [Path(file).name for file in dataset.test.files] == [f"val_{i}.JPEG" for i in range(6)]
-    assert dataset.test.labels.tolist() == list(range(6)), "as val_annotations.txt says"
+    assert dataset.test.labels.tolist() == list(range(6)), "those of val_annotations.txt"
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
@@ -269,7 +269,7 @@ def test_food101_in_torchvision_s_and_in_kaggle_s_layout(kaggle, tmp_path):
         assert np.bincount(split.labels).tolist() == [count] * 3
         for file, label in zip(split.files, split.labels, strict=True):
             assert Path(file).is_file() and Path(file).parent.name == dataset.classes[label]
-    if not kaggle:  # the same as torchvision itself reads
+    if not kaggle:  # torchvision itself reads the same
         for split, part in ((dataset.train, "train"), (dataset.val, "test")):
             theirs = datasets.Food101(root.parent, split=part)
             assert theirs.classes == dataset.classes
@@ -279,8 +279,8 @@ def test_food101_in_torchvision_s_and_in_kaggle_s_layout(kaggle, tmp_path):
             }
 
 
-def test_class_names_keep_cheesecake_from_cheese_plate(tmp_path):
-    """Hugging Face numbers the two the other way round: a label means its name and nothing else."""
+def test_labels_follow_class_names_in_any_order_of_the_lists(tmp_path):
+    """Hugging Face's lists have cheesecake before cheese_plate: labels must follow our class names."""
     trees.food101(tmp_path / "a", ("beignets", "cheese_plate", "cheesecake"))
     trees.food101(tmp_path / "b", ("beignets", "cheesecake", "cheese_plate"))
     for folder in ("a", "b"):
@@ -289,7 +289,7 @@ def test_class_names_keep_cheesecake_from_cheese_plate(tmp_path):
             assert Path(file).parent.name == dataset.classes[label]
 
 
-def test_holdout_validates_on_training_images_and_tests_on_the_rest(tmp_path):
+def test_holdout_validates_on_training_images_and_tests_on_validation_images(tmp_path):
     trees.food101(tmp_path)
     whole = data.load("food101", str(tmp_path))
     chosen = {"classes": ["beignets", "cheesecake"], "limit": 10}
@@ -306,13 +306,13 @@ def test_cifar100_is_read_and_split(tmp_path, monkeypatch):
     dataset = data.load("cifar100", str(tmp_path))
     assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [100, 100, 50]
     assert dataset.classes[3] == "thing_03" and dataset.train.pixels.shape == (100, 32, 32, 3)
-    # 500 a class in the true files: 450 and 50
+    # The real files have 500 images of each class: 450 and 50.
     rows = data.stratified([str(i) for i in range(50_000)], np.arange(50_000) % 100, [0.9])
     assert [set(np.bincount(r)) for r in (np.arange(50_000)[r] % 100 for r in rows)] == [
         {450},
         {50},
     ]
-    # the reference: torchvision's own reader, but for the true files' checksums
+    # The reference: torchvision's own reader, without the checksums of the real files.
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     theirs = datasets.CIFAR100(tmp_path, train=False)
     assert np.array_equal(theirs.data, dataset.test.pixels)
@@ -324,7 +324,7 @@ class Bomb:
         return (open, ("bomb-went-off", "w"))
 
 
-def test_a_hostile_pickle_in_cifar100_is_refused_and_not_run(tmp_path, monkeypatch):
+def test_code_in_a_pickle_of_cifar100_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = trees.cifar100(tmp_path)
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": Bomb()}))
@@ -334,7 +334,7 @@ def test_a_hostile_pickle_in_cifar100_is_refused_and_not_run(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
-def test_imagenet_in_folders_and_as_kaggle_has_it(kaggle, tmp_path):
+def test_imagenet_in_class_folders_and_in_kaggle_s_layout(kaggle, tmp_path):
     folder = trees.imagenet(tmp_path / "input" / "imagenet", kaggle)
     dataset = data.load("imagenet", str(tmp_path))
     ids = list(trees.IMAGENET_IDS)
@@ -346,24 +346,24 @@ def test_imagenet_in_folders_and_as_kaggle_has_it(kaggle, tmp_path):
         assert (int(Path(file).stem[-8:]) - 1) // 2 == label
     if kaggle:
         shutil.move(tmp_path / "input" / "imagenet" / "LOC_val_solution.csv", tmp_path / "away")
-        with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv, which labels it"):
+        with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv, which has its labels"):
             data.load("imagenet", str(folder))
 
 
-def test_a_thousand_classes_have_torchvision_s_names(tmp_path):
+def test_a_thousand_ids_get_torchvision_s_names(tmp_path):
     ids = [f"n{i:08d}" for i in range(1000)]
     names = data.imagenet_names(tmp_path, ids)
     assert names[0] == "tench" and names[999] == "toilet tissue" and len(set(names)) == 1000
 
 
-def test_tiny_imagenet_is_not_taken_for_imagenet(tiny):
+def test_tiny_imagenet_is_not_mistaken_for_imagenet(tiny):
     with pytest.raises(FileNotFoundError, match="ImageNet not found"):
         data.load("imagenet", str(tiny.parent))
 
 
 @pytest.fixture
 def web(tmp_path):
-    """A folder and the address under which a server of this machine's own shows it."""
+    """A folder, and the address of a local server for it."""
     folder = tmp_path / "web"
     folder.mkdir()
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=folder)
@@ -374,42 +374,38 @@ def web(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cifar100", "food101"])
-def test_download_fetches_what_is_not_there_once(name, web, tmp_path, monkeypatch):
-    """From where torchvision says, but for the host."""
+def test_missing_data_is_downloaded_once(name, web, tmp_path, monkeypatch):
+    """From torchvision's address, on another host."""
     monkeypatch.chdir(tmp_path)
     folder, address = web
     source = datasets.CIFAR100 if name == "cifar100" else datasets.Food101
     url, md5 = ("url", "tgz_md5") if name == "cifar100" else ("_URL", "_MD5")
-    made = (
-        trees.cifar100(tmp_path / "made")
-        if name == "cifar100"
-        else trees.food101(tmp_path / "made" / "food-101")
-    )
+    root = tmp_path / "original"
+    tree = trees.cifar100(root) if name == "cifar100" else trees.food101(root / "food-101")
     archive = folder / getattr(source, url).rsplit("/", 1)[1]
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(made, made.name)
+        tar.add(tree, tree.name)
     monkeypatch.setattr(source, url, f"{address}/{archive.name}")
     monkeypatch.setattr(source, md5, "0" * 32)
     with pytest.raises(FileNotFoundError, match="add --download"):
         data.load(name)
-    with pytest.raises(ValueError, match=f"--download: {name} did not arrive whole"):
+    with pytest.raises(ValueError, match=f"--download: {name} arrived incomplete"):
         data.load(name, download=True)
     monkeypatch.setattr(source, md5, hashlib.md5(archive.read_bytes()).hexdigest())
     fetched = data.load(name, download=True)
     assert len(fetched.train) == (100 if name == "cifar100" else 18)
     archive.unlink()
-    assert len(data.load(name, download=True).train) == len(fetched.train), "it is there now"
+    assert len(data.load(name, download=True).train) == len(fetched.train), "no second download"
 
 
-def test_a_download_that_fails_is_one_line(web, tmp_path, monkeypatch):
+def test_a_failed_download_is_one_line(web, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.CIFAR100, "url", f"{web[1]}/nowhere.tar.gz")
-    with pytest.raises(OSError, match=r"--download: cifar100 cannot be fetched") as error:
+    with pytest.raises(OSError, match=r"--download: cifar100 cannot be downloaded into") as error:
         data.load("cifar100", download=True)
     assert "\n" not in str(error.value)
-    with pytest.raises(
-        ValueError, match="--download: tiny-imagenet cannot be; expected one of food101"
-    ):
+    message = "--download: not possible for tiny-imagenet; expected one of food101"
+    with pytest.raises(ValueError, match=message):
         data.load("tiny-imagenet", download=True)
 
 
@@ -424,7 +420,7 @@ def test_a_folder_of_very_many_folders_is_not_searched(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("Train", "Val", "Test"), ("train", "validation", "testing")])
-def test_split_folders_in_any_case_and_with_a_test(names, tmp_path):
+def test_split_folders_in_any_case_and_with_a_test_folder(names, tmp_path):
     pets(tmp_path, names, images=3)
     dataset = data.load("folder", str(tmp_path))
     assert dataset.classes == ["cat", "dög 2"]
@@ -432,7 +428,7 @@ def test_split_folders_in_any_case_and_with_a_test(names, tmp_path):
         assert len(split) == 6 and all(f"/{name}/" in file for file in split.files)
 
 
-def test_train_and_test_without_val(tmp_path):
+def test_train_and_test_folders_without_val(tmp_path):
     pets(tmp_path, ("train", "test"))
     dataset = data.load("folder", str(tmp_path))
     assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [16, 4, 20]
@@ -444,30 +440,30 @@ def test_train_and_test_without_val(tmp_path):
         data.load("folder", str(tmp_path))
 
 
-def test_folders_that_are_all_splits_are_no_classes(tmp_path):
+def test_folders_named_as_splits_are_not_classes(tmp_path):
     pets(tmp_path, ("training", "testing"))
     with pytest.raises(ValueError, match="found testing and training; see README"):
         data.load("folder", str(tmp_path))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+def test_a_class_name_that_is_not_utf_8_is_refused(tmp_path):
     for name in ("plain", os.fsdecode(b"caf\xe9")):
         write_image(tmp_path / name / "1.jpg", 0, 0)
     with pytest.raises(ValueError, match=r"expected names in UTF-8, found b'caf\\xe9'; rename it"):
         data.load("folder", str(tmp_path))
 
 
-def test_what_is_held_out_does_not_depend_on_classes_or_mount(tmp_path):
+def test_held_out_images_do_not_depend_on_classes_or_folder(tmp_path):
     trees.food101(tmp_path / "a", train=20)
     shutil.copytree(tmp_path / "a", tmp_path / "somewhere" / "else")
 
-    def held(place, **chosen):
-        val = data.load("food101", str(tmp_path / place), holdout=0.3, **chosen).val
+    def held_out(folder, **settings):
+        val = data.load("food101", str(tmp_path / folder), holdout=0.3, **settings).val
         return {Path(file).name for file in val.files if "beignets" in file}
 
-    assert len(held("a")) == 6
-    assert held("a") == held("a", classes="beignets") == held("somewhere")
+    assert len(held_out("a")) == 6
+    assert held_out("a") == held_out("a", classes="beignets") == held_out("somewhere")
 
 
 def test_holdout_leaves_a_test_split_alone():
@@ -476,21 +472,21 @@ def test_holdout_leaves_a_test_split_alone():
     assert np.array_equal(held.test.pixels, plain.test.pixels)
 
 
-def test_the_split_is_the_same_everywhere_and_for_ever():
+def test_the_split_never_changes():
     names = [f"{c}/{i}.jpg" for c in ("cat", "dög") for i in range(10)]
     _, val = data.stratified(names, np.repeat([0, 1], 10), [0.7])
     assert val.tolist() == [6, 7, 9, 10, 16, 17]
     assert data.relative(["/a/o\u0308/1.jpg", "/a/u/2.jpg"]) == ["ö/1.jpg", "u/2.jpg"]
 
 
-def test_a_data_set_that_is_not_whole_is_refused(tmp_path):
+def test_an_incomplete_data_set_is_refused(tmp_path):
     trees.food101(tmp_path)
     shutil.rmtree(tmp_path / "images" / "cheesecake")
-    with pytest.raises(ValueError, match="1 classes are not there, the first cheesecake"):
+    with pytest.raises(ValueError, match="1 classes are missing, the first is cheesecake"):
         data.load("food101", str(tmp_path))
 
 
-def test_pictures_that_are_not_read_are_counted(tmp_path, capsys):
+def test_images_in_unknown_formats_are_counted(tmp_path, capsys):
     pets(tmp_path)
     (tmp_path / "cat" / "phone.HEIC").write_bytes(b"whatever")
     data.load("folder", str(tmp_path))
@@ -501,7 +497,7 @@ def test_pictures_that_are_not_read_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_names_that_are_no_text(tmp_path):
+def test_file_names_that_are_not_utf_8(tmp_path):
     pets(tmp_path)
     os.rename(
         os.fsencode(tmp_path / "cat" / "1 ü.jpg"), os.fsencode(tmp_path / "cat") + b"/\xff.jpg"

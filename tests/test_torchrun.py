@@ -42,7 +42,9 @@ def test_two_processes_learn_what_one_does(adapter, tmp_path, torchrun):
         assert y == pytest.approx(x, abs=1e-5)
         assert accuracies[1] == pytest.approx(accuracies[0], abs=1.01 / 50)
     lasts = [checkpoint.read_resume(tmp_path / n / "last.pt") for n in ("one", "two")]
-    assert [last["extra"]["confusion"].sum() for last in lasts] == [50, 50], "none twice, and no padding"
+    assert [last["extra"]["confusion"].sum() for last in lasts] == [50, 50], (
+        "none twice, and no padding"
+    )
     one, two = (last["result"] for last in lasts)
     assert f"Test Accuracy: {two['test_accuracy']:.2%}" in said
     if one["best_epoch"] == two["best_epoch"]:

@@ -102,6 +102,7 @@ def test_default_run_s_tensorboard_and_metrics_agree(default_run):
     start = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     settings = HParamsPluginData.FromString(start).session_start_info.hparams
     assert settings["adapter"].string_value == "lora" and settings["lr"].number_value == 5e-3
+    assert set(settings) == set(RECIPES["demo"]), "what was set, and not every default"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The split attention, and trunks from every source of weights."""
+"""The split attention, and pretrained weights from every source."""
 
 import copy
 
@@ -52,7 +52,7 @@ def test_split_keeps_mode_and_frozen_parameters(stock):
     assert trains == ["encoder.layers.encoder_layer_0.self_attention.in_proj_weight"]
 
 
-def test_attention_dropout_is_on_in_training_alone(images):
+def test_attention_dropout_is_on_only_in_training(images):
     torch.manual_seed(0)
     model = torchvision.models.VisionTransformer(28, 7, 1, 4, 32, 48, attention_dropout=0.5)
     nn.init.normal_(model.heads.head.weight)
@@ -69,13 +69,13 @@ def test_attention_that_cannot_be_split_is_refused_by_name(special):
 
 
 def test_the_attention_of_torch_s_own_encoder_is_refused():
-    """It reads batch_first and in_proj_weight of its attention."""
+    """The encoder layer reads the attention's batch_first and in_proj_weight."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn: TransformerEncoderLayer reads"):
         split_attention(encoder)
 
 
-def test_an_attention_at_two_places_is_split_and_joined_as_one(stock, images):
+def test_a_shared_attention_is_split_and_joined_once(stock, images):
     blocks = stock.encoder.layers
     blocks[1].self_attention = blocks[0].self_attention
     before = stock.eval()(images)
@@ -116,7 +116,7 @@ def state(model="vit_mini", **changed):
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("split", [False, True])
-def test_trunk_from_a_file_gives_the_file_s_features(tmp_path, suffix, split):
+def test_weights_from_a_file_give_the_original_s_features(tmp_path, suffix, split):
     path = tmp_path / f"trunk.{suffix}"
     original = torchvision.models.VisionTransformer(**vit.MODELS["vit_mini"])
     original.load_state_dict(state())
@@ -144,7 +144,7 @@ def test_another_image_size_interpolates_the_positions(tmp_path):
     assert torch.equal(model.encoder.pos_embedding[:, cls], small.encoder.pos_embedding[:, cls])
 
 
-def test_random_trunk_comes_from_its_seed_alone():
+def test_random_weights_depend_only_on_their_seed():
     torch.manual_seed(1)
     a, _ = vit.build("vit_mini", "none", seed=3)
     torch.manual_seed(2)
@@ -152,10 +152,10 @@ def test_random_trunk_comes_from_its_seed_alone():
     c, _ = vit.build("vit_mini", "none", seed=4)
     assert torch.equal(a.conv_proj.weight, b.conv_proj.weight)
     assert not torch.equal(a.conv_proj.weight, c.conv_proj.weight)
-    assert not torch.equal(a.heads.head.weight, b.heads.head.weight)  # the head is the caller's
+    assert not torch.equal(a.heads.head.weight, b.heads.head.weight)  # the head ignores seed
 
 
-def test_wrong_trunks_are_refused_with_the_key(tmp_path):
+def test_wrong_weights_are_refused_with_the_key(tmp_path):
     missing = state()
     del missing["encoder.ln.weight"]
     more = state() | {"extra": torch.zeros(2)}
@@ -194,7 +194,7 @@ class Bomb:
         return (open, ("bomb-went-off", "w"))
 
 
-def test_a_hostile_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Bomb()}, "bomb.pth")
     with pytest.raises(ValueError, match=r"bomb\.pth"):
@@ -213,7 +213,7 @@ def test_names_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("name", ["imagenet1k", "swag"])
 def test_torchvision_s_weights_come_from_its_cache(name, tmp_path, monkeypatch):
-    """A file in torch.hub's cache, in the layout that torchvision downloads, is what gets loaded."""
+    """torch.hub's cache holds a file in the layout that torchvision downloads; this file is loaded."""
     weights, _ = vit.PRETRAINED[name]
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -237,9 +237,9 @@ def test_torchvision_s_weights_come_from_its_cache(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", b"half a download", b"PK\x03\x04" + b"x" * 99])
 def test_a_broken_file_in_torchvision_s_cache_is_named_in_one_line(content, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    place = tmp_path / "hub" / "checkpoints" / "vit_b_16-c867db91.pth"
-    place.parent.mkdir(parents=True)
-    place.write_bytes(content)
+    file = tmp_path / "hub" / "checkpoints" / "vit_b_16-c867db91.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
     with pytest.raises(ValueError, match=r"vit_b_16-c867db91\.pth: not a whole file") as error:
         vit.build("vit_b_16", "imagenet1k", 10)
     assert "\n" not in str(error.value) and "remove it" in str(error.value)

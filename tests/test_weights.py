@@ -1,4 +1,4 @@
-"""Trunks of Hugging Face and timm: the same logits as their own models, from every kind of file."""
+"""Pretrained weights of Hugging Face and timm: the logits of their own models, from every kind of file."""
 
 import json
 
@@ -27,7 +27,7 @@ def images():
 
 
 def ours(weights, head: nn.Linear, **more) -> torch.Tensor:
-    """The logits of our trunk with the other library's head."""
+    """The logits of our model with these weights and the other library's head."""
     model, preprocessing = vit.build("vit_mini", str(weights), 3, **more)
     assert preprocessing["mean"] == preprocessing["std"] == [0.5] * 3
     model.heads.head.load_state_dict(head.state_dict())
@@ -40,14 +40,14 @@ def new_names(model):
 
 
 def new_names_bare(model):
-    """Those of ViTModel, which has a pooler and no prefix."""
+    """The names of ViTModel, which has a pooler and no prefix."""
     bare = ViTModel(model.config).eval()
     bare.load_state_dict(model.vit.state_dict(), strict=False)
     return bare.state_dict()
 
 
 def old_names(model):
-    """Those of the published file."""
+    """The names in the published file."""
     renamed = {}
     for key, tensor in model.state_dict().items():
         for new, old in [
@@ -76,18 +76,18 @@ def test_hugging_face_s_logits_from_a_file(keys, suffix, tmp_path):
     (torch.save if suffix == "bin" else save_file)(keys(model), path)
     logits = model(images()).logits
     torch.testing.assert_close(ours(path, model.classifier), logits, rtol=0, atol=1e-10)
-    # the control: with torchvision's eps it is another model
+    # the control: with torchvision's eps, the logits differ
     wrong = ours(path, model.classifier, eps=1e-6)
     assert (wrong - logits).abs().max() > 1e-8
 
 
 def test_hugging_face_s_logits_from_a_folder_that_it_saved(tmp_path):
-    """config.json says the eps where it is not the usual one."""
+    """config.json stores an eps that is not the default."""
     model = hf_vit(layer_norm_eps=1e-3)
     model.save_pretrained(tmp_path / "folder")
     assert any("encoder.layer.0" in key for key in load_file(tmp_path / "folder/model.safetensors"))
-    for place in ("folder", "folder/model.safetensors"):
-        logits = ours(tmp_path / place, model.classifier)
+    for path in ("folder", "folder/model.safetensors"):
+        logits = ours(tmp_path / path, model.classifier)
         torch.testing.assert_close(logits, model(images()).logits, rtol=0, atol=1e-10)
     (tmp_path / "folder" / "config.json").unlink()
     wrong = ours(tmp_path / "folder", model.classifier)
@@ -95,10 +95,10 @@ def test_hugging_face_s_logits_from_a_folder_that_it_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("config", "found"),
     [
         ({}, {}),
-        ({"size": 224, "do_resize": True}, {}),  # as google's in21k has it
+        ({"size": 224, "do_resize": True}, {}),  # as in google's in21k
         ({"size": {"height": 224, "width": 224}, "do_center_crop": False}, {}),
         (
             {"size": 256, "crop_size": 224, "do_center_crop": True},
@@ -115,21 +115,21 @@ def test_hugging_face_s_logits_from_a_folder_that_it_saved(tmp_path):
     ],
     ids=str,
 )
-def test_the_images_of_a_trunk_are_prepared_as_its_folder_says(said, found, tmp_path):
+def test_images_are_prepared_as_the_folder_of_the_weights_says(config, found, tmp_path):
     model = hf_vit()
     model.save_pretrained(tmp_path)
     assert vit.build("vit_mini", str(tmp_path), 3)[1] == {**vit.HALF, "image_size": 28}
-    said = said | {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    config = config | {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     colours = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0]}
     assert vit.preprocessing_in(tmp_path) == found | colours
-    expected = {**vit.HALF, **found, **colours, "image_size": 28}  # of the trunk
+    expected = {**vit.HALF, **found, **colours, "image_size": 28}  # the model's
     assert vit.build("vit_mini", str(tmp_path), 3)[1] == expected
 
 
 def test_a_crop_larger_than_the_image_is_refused(tmp_path):
-    said = {"size": {"shortest_edge": 100}, "crop_size": {"height": 112}, "do_center_crop": True}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    config = {"size": {"shortest_edge": 100}, "crop_size": {"height": 112}, "do_center_crop": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"crop_size: expected at most 100, .* found 112"):
         vit.preprocessing_in(tmp_path)
 
@@ -141,8 +141,8 @@ def test_timm_s_logits(tmp_path):
     torch.testing.assert_close(logits, model(images()), rtol=0, atol=1e-10)
 
 
-def test_an_adapter_remembers_the_eps_of_its_trunk(tmp_path):
-    """Also where all is in the adapter file, and no trunk left to say it."""
+def test_an_adapter_file_stores_the_eps_of_its_pretrained_weights(tmp_path):
+    """With --adapter full too, where no pretrained weights are loaded."""
     model = hf_vit(layer_norm_eps=1e-3)
     model.save_pretrained(tmp_path / "trunk")
     for adapter in ("lora", "full"):
@@ -159,8 +159,8 @@ def test_an_adapter_remembers_the_eps_of_its_trunk(tmp_path):
         loaded, _ = vit.load_adapter(path)
         assert loaded.encoder.layers[2].ln_1.eps == 1e-3
         assert torch.equal(loaded(images()), built.eval()(images()))
-    again, _ = vit.build("vit_mini", str(path), 3)  # the fully trained model as a trunk
-    assert again.encoder.ln.eps == 1e-3
+    trunk, _ = vit.build("vit_mini", str(path), 3)  # the fully trained model as pretrained weights
+    assert trunk.encoder.ln.eps == 1e-3
 
 
 def snapshot(home):
@@ -170,7 +170,7 @@ def snapshot(home):
 
 
 def published(folder, seed=0):
-    """A file in the published layout at full size, in float16 to be small."""
+    """Write a file in the published layout, at full size but in float16; return its tensors."""
     with torch.device("meta"):
         trunk = vit.VisionTransformer(**vit.MODELS["vit_b_16"])
         trunk = attention.split_attention(trunk)
@@ -190,8 +190,8 @@ def published(folder, seed=0):
 
 
 @pytest.fixture
-def nowhere(tmp_path, monkeypatch):
-    """A machine on which the weights are nowhere yet."""
+def machine(tmp_path, monkeypatch):
+    """The home of a machine without pretrained weights."""
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
@@ -201,8 +201,8 @@ def nowhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_in21k_by_name_out_of_hugging_face_s_cache(nowhere):
-    tensors = published(snapshot(nowhere / "home"))
+def test_in21k_is_read_from_hugging_face_s_cache(machine):
+    tensors = published(snapshot(machine / "home"))
     model, preprocessing = vit.build("vit_b_16", "in21k", 7)
     key = "encoder.layer.7.attention.attention.value.weight"
     value = model.encoder.layers.encoder_layer_7.self_attention.value.weight
@@ -217,28 +217,28 @@ def test_in21k_by_name_out_of_hugging_face_s_cache(nowhere):
 
 
 @pytest.mark.parametrize(
-    "place", ["vit-base-patch16-224-in21k", "kaggle/a/b/vit-base-patch16-224-in21k/1"]
+    "folder", ["vit-base-patch16-224-in21k", "kaggle/a/b/vit-base-patch16-224-in21k/1"]
 )
-def test_in21k_is_found_in_the_known_places(place, nowhere):
-    (nowhere / place).mkdir(parents=True)
-    (nowhere / place / "pytorch_model.bin").write_bytes(b"")
-    assert (nowhere / place / "pytorch_model.bin").samefile(vit.find_in21k())
+def test_in21k_is_found_in_the_known_folders(folder, machine):
+    (machine / folder).mkdir(parents=True)
+    (machine / folder / "pytorch_model.bin").write_bytes(b"")
+    assert (machine / folder / "pytorch_model.bin").samefile(vit.find_in21k())
 
 
-def test_in21k_is_downloaded_once_and_its_absence_is_one_line(nowhere):
-    (nowhere / "remote").mkdir()
-    save_file({"x": torch.ones(1)}, nowhere / "remote" / "model.safetensors")
-    url = (nowhere / "remote" / "model.safetensors").as_uri()
+def test_in21k_is_downloaded_once_and_a_failure_is_one_line(machine):
+    (machine / "remote").mkdir()
+    save_file({"x": torch.ones(1)}, machine / "remote" / "model.safetensors")
+    url = (machine / "remote" / "model.safetensors").as_uri()
     with pytest.raises(OSError, match=r"hf download google/vit-base") as error:
         vit.find_in21k(url + "-not")
-    assert str(nowhere / "home") in str(error.value) and "\n" not in str(error.value)
-    broken = nowhere / "remote" / "broken"
-    broken.write_bytes((nowhere / "remote" / "model.safetensors").read_bytes()[:-2])
+    assert str(machine / "home") in str(error.value) and "\n" not in str(error.value)
+    broken = machine / "remote" / "broken"
+    broken.write_bytes((machine / "remote" / "model.safetensors").read_bytes()[:-2])
     with pytest.raises(OSError, match=r"cannot be downloaded \(.*ncomplete"):
         vit.find_in21k(broken.as_uri())
-    place = vit.find_in21k(url)
-    assert place.read_bytes() == (nowhere / "remote" / "model.safetensors").read_bytes()
-    assert vit.find_in21k("file:///nowhere") == place
+    file = vit.find_in21k(url)
+    assert file.read_bytes() == (machine / "remote" / "model.safetensors").read_bytes()
+    assert vit.find_in21k("file:///nowhere") == file
 
 
 def test_wrong_files_are_refused_with_the_key(tmp_path):
@@ -271,7 +271,7 @@ class Bomb:
         return (open, ("bomb-went-off", "w"))
 
 
-def test_a_hostile_bin_is_refused_and_not_run(tmp_path, monkeypatch):
+def test_a_malicious_bin_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     torch.save({**old_names(hf_vit()), "more": Bomb()}, "folder/pytorch_model.bin")
@@ -279,4 +279,4 @@ def test_a_hostile_bin_is_refused_and_not_run(tmp_path, monkeypatch):
         vit.build("vit_mini", "folder")
     assert not (tmp_path / "bomb-went-off").exists()
     torch.load("folder/pytorch_model.bin", weights_only=False)
-    assert (tmp_path / "bomb-went-off").exists(), "the control: unpickled, it does go off"
+    assert (tmp_path / "bomb-went-off").exists(), "the control: unpickling runs its code"

@@ -1,4 +1,4 @@
-"""Data sets in their true layouts, small, with images that a model can learn."""
+"""Small data sets in the layouts of the real ones, with images that a model can learn."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write_image(path: Path, label: int, i: int, size=(64, 64), orientation: int = 1, grey=False):
-    """A JPEG whose colours and stripes tell its class, with noise of its own."""
+    """Write a JPEG whose colours and stripes show its class; its noise depends on i."""
     rng = np.random.default_rng(1000 * label + i)
     x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
     stripes = np.sin((label % 7 + 2) * 3 * x + rng.uniform(0, 0.5)) * np.cos(
@@ -26,7 +26,7 @@ def write_image(path: Path, label: int, i: int, size=(64, 64), orientation: int 
 
 
 def pets(root: Path, parts=("",), classes=("cat", "dög 2"), images=10, size=(120, 90)) -> Path:
-    """Class folders of one's own, with a space and an umlaut in names."""
+    """A user's own class folders, with a space and an umlaut in their names."""
     for part in parts:
         for label, name in enumerate(classes):
             for i in range(images):
@@ -35,7 +35,7 @@ def pets(root: Path, parts=("",), classes=("cat", "dög 2"), images=10, size=(12
 
 
 def tiny_imagenet(root: Path, classes: int = 200, images: int = 10) -> Path:
-    """Tiny-ImageNet's layout: train/<wnid>/images, val/images with annotations, test/images, lists."""
+    """Tiny-ImageNet's layout: train/<wnid>/images, val/images with annotations, test/images, and lists."""
     wnids = [f"n{label:08d}" for label in range(classes)]
     for label, wnid in enumerate(wnids):
         for i in range(images):
@@ -58,7 +58,7 @@ def tiny_imagenet(root: Path, classes: int = 200, images: int = 10) -> Path:
 def food101(
     root: Path, classes=("cheesecake", "beignets", "cheese_plate"), kaggle=False, train=6, test=2
 ) -> Path:
-    """torchvision's layout, or Kaggle's food41 with its meta in meta: so many images a class."""
+    """torchvision's layout, or Kaggle's food41 with meta/meta/. train, test: images of each class."""
     meta = root / "meta" / "meta" if kaggle else root / "meta"
     meta.mkdir(parents=True)
     lists = {"train": {}, "test": {}}
@@ -76,7 +76,7 @@ def food101(
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes what Python 2 and the NumPy of its day wrote: str and bytes alike as short strings."""
+    """Pickles as Python 2 and its NumPy did: str and bytes both as byte strings."""
 
     dispatch = pickle._Pickler.dispatch.copy()
 
@@ -87,10 +87,10 @@ class Python2Pickler(pickle._Pickler):
 
     dispatch[bytes] = dispatch[str] = save_string
 
-    def save_global(self, thing, name=None):
-        module = thing.__module__.replace("numpy._core", "numpy.core")
-        self.write(pickle.GLOBAL + f"{module}\n{name or thing.__name__}\n".encode())
-        self.memoize(thing)
+    def save_global(self, value, name=None):
+        module = value.__module__.replace("numpy._core", "numpy.core")
+        self.write(pickle.GLOBAL + f"{module}\n{name or value.__name__}\n".encode())
+        self.memoize(value)
 
     dispatch[type] = save_global
 
@@ -101,7 +101,7 @@ def write_pickle(path: Path, content: dict) -> None:
 
 
 def cifar100(root: Path, train: int = 200, test: int = 50) -> Path:
-    """cifar-100-python/ with its three pickles, as Python 2 wrote them."""
+    """cifar-100-python/ with its three files, pickled as by Python 2."""
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ IMAGENET_IDS = {
 
 
 def imagenet(root: Path, kaggle: bool) -> Path:
-    """ImageNet-1k with three classes: folders in val/, or Kaggle's with one flat val/ and its lists."""
+    """ImageNet-1k with three classes: class folders in val/, or Kaggle's flat val/ with its lists."""
     folder = root / "ILSVRC" / "Data" / "CLS-LOC" if kaggle else root
     solution = ["ImageId,PredictionString"]
     for label, wnid in enumerate(IMAGENET_IDS):
@@ -144,7 +144,7 @@ def imagenet(root: Path, kaggle: bool) -> Path:
             solution.append(f"{image},{wnid} 85 1 499 272 {wnid} 3 4 5 6 ")
     write_image(folder / "test" / "ILSVRC2012_test_00000001.JPEG", 0, 999, (120, 100))
     if kaggle:
-        head, *rows = solution  # Kaggle's rows are in no order
+        head, *rows = solution  # Kaggle's rows are not sorted
         (root / "LOC_val_solution.csv").write_text("\n".join([head, *reversed(rows), ""]))
         text = "".join(f"{wnid} {words}\n" for wnid, words in IMAGENET_IDS.items())
         (root / "LOC_synset_mapping.txt").write_text(text)
