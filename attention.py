@@ -1,4 +1,13 @@
-"""Attention whose four projections are nn.Linear layers, for torchvision's Vision Transformer."""
+"""Attention made of four nn.Linear layers, so that an adapter can wrap each of them.
+
+torchvision's Vision Transformer uses nn.MultiheadAttention. That module keeps the query, key and value
+matrices in one raw parameter, and it reads out_proj.weight without calling out_proj. So an adapter around
+out_proj never runs, and no error says so.
+
+    split_attention(model)     # each nn.MultiheadAttention becomes an Attention with the same numbers
+    ...                        # replace_linear, training, merge
+    join_attention(model)      # torchvision's module again: the weights load into a stock model
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,10 +15,10 @@ from torch import nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with its four projections as nn.Linear: query, key, value, out.
+    """Multi-head self-attention with four nn.Linear: query, key, value, out.
 
-    Called as torchvision's EncoderBlock calls nn.MultiheadAttention with batch_first=True: three
-    tensors (batch, tokens, dim), of which it returns (output of the same shape, None).
+    It takes three tensors (batch, tokens, dim) and returns (output of that shape, None), as
+    nn.MultiheadAttention does for torchvision's EncoderBlock.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, bias: bool = True, **factory):
@@ -35,12 +44,12 @@ class Attention(nn.Module):
 def split_attention(model: nn.Module) -> nn.Module:
     """Turn every nn.MultiheadAttention of the model into an Attention, in place; return the model.
 
-    The model calls its attention as torchvision's ViT does: without masks, and of what comes back it reads
-    the output alone. Raises ValueError for an attention that such a ViT does not use: batch_first=False,
-    bias_k, add_zero_attn, key and value of another width, or one of nn.TransformerEncoder and the like.
+    The model must call its attention as torchvision's ViT does: without masks, and reading only the output.
+    Raises ValueError for an attention that such a ViT does not have: batch_first=False, bias_k, add_zero_attn,
+    key and value of another width, or an attention inside nn.TransformerEncoder and the like.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    done = {}  # an attention that stands at two places is split once
+    done = {}  # a shared attention is split once
     for name, joined in modules.items():
         if not isinstance(joined, nn.MultiheadAttention):
             continue
@@ -84,7 +93,7 @@ def split_attention(model: nn.Module) -> nn.Module:
 def join_attention(model: nn.Module) -> nn.Module:
     """Turn every Attention back into an nn.MultiheadAttention, in place; return the model.
 
-    Raises ValueError for one that still holds an adapter: merge first.
+    Raises ValueError if one still holds an adapter: merge first.
     """
     done = {}
     for name, split in list(model.named_modules(remove_duplicate=False)):

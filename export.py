@@ -166,10 +166,10 @@ def from_peft(
 def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
     """The names of the n classes: those given, or else the folder's."""
     if classes is not None:
-        text = classes.split(",")
+        parts = classes.split(",")
         if os.path.isfile(classes):  # Path.is_file raises OSError for a long text
-            text = Path(classes).read_text("utf-8").strip().split("\n")
-        names = [name.strip() for name in text]
+            parts = Path(classes).read_text("utf-8").strip().split("\n")
+        names = [part.strip() for part in parts]
     else:
         names = labels_in(folder)
     if len(names) != n:

@@ -62,7 +62,7 @@ def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = 
 def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]:
     """Wrap the model's layers that a PEFT folder names, load its tensors and return the layers' names.
 
-    head: as in mark_trainable; the folder must hold it whole.
+    head: as in mark_trainable; the folder must hold the whole head.
     Raises OSError or ValueError, naming file and key, if a part is missing, unsupported or does not fit;
     then no layer is wrapped.
     """

@@ -153,6 +153,18 @@ def test_autocast_gives_the_float32_gradients_to_half_precision(name, dtype, mon
             ) * theirs.norm()
 
 
+@pytest.mark.parametrize("name", [name for name in ROUTES if "both" not in name])
+def test_in_autocast_the_factors_are_multiplied_in_float32(name, monkeypatch):
+    """So the output is that of a half-precision layer, whose factors are float32, to the bit."""
+    route = force(name, monkeypatch)
+    layer, half = make(route, torch.float32), make(route, torch.float32)
+    half.linear.bfloat16()
+    x = rows(64, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert torch.equal(y, half(x.bfloat16()))
+
+
 def test_backward_of_float32_is_float32_in_autocast_too(route):
     """Some users call backward inside of autocast: our backward must not change its type there."""
     layer, x = make(route, torch.float32), rows(64, dtype=torch.float32).requires_grad_()
@@ -208,6 +220,12 @@ def products_of_step(layer, N, of_x=True):
     forward, y = products(lambda: layer(x))
     backward, _ = products(lambda: y.sum().backward())
     return forward - N * IN * OUT, backward - (N * IN * OUT if of_x else 0)
+
+
+def test_lora_takes_the_products_that_its_docstring_says():
+    N, rank = 50, 4
+    once = N * rank * (IN + OUT)
+    assert products_of_step(make("lora"), N) == (once, 2 * once)
 
 
 @pytest.mark.parametrize("form", ["whole", "thin"])
@@ -276,6 +294,16 @@ def test_a_frozen_input_costs_no_gradient(route):
     _, backward = products_of_step(make(route), 50)  # less the frozen layer's own for x
     _, without = products_of_step(make(route), 50, of_x=False)
     assert 0 < without <= backward
+
+
+def test_a_frozen_weight_costs_no_gradient(route):
+    layer, x, N = make(route), rows(50).requires_grad_(), 50
+    backward = {}
+    for trains in (False, True):
+        layer.linear.requires_grad_(trains)
+        loss = layer(x).sum()
+        backward[trains], _ = products(loss.backward)
+    assert backward[True] - backward[False] == N * IN * OUT
 
 
 def test_per_sample_gradients_of_torch_func(route):
@@ -441,5 +469,7 @@ def test_these_layers_take_the_plain_form_and_give_the_fast_form_s_numbers(kind,
 def test_dropout_that_is_off_leaves_the_fast_form_on(kind):
     layer = make(kind, dropout=0.5)
     assert not call_and_note(layer, rows(5))[1], "the control: in training it is on"
-    assert call_and_note(layer.eval(), rows(5))[1]
+    evaluated, fast = call_and_note(layer.eval(), rows(5))
+    assert fast
+    torch.testing.assert_close(evaluated, plain(layer, rows(5)), rtol=0, atol=1e-12)
     assert call_and_note(make(kind, module_dropout=0.5), rows(5))[1]

@@ -92,7 +92,7 @@ def test_other_classes_get_a_fresh_head(pets, capsys):
     )
     adapters = [key for key in start if "lora_" in key]
     assert adapters and all(torch.equal(start[key], end[key]) for key in adapters)
-    # as many classes with other names: the head's rows would mean other classes
+    # the same number of classes, but other names: the head's rows would mean other classes
     write_adapter("b.safetensors", "lora", classes=["x", "y", "z"])
     assert train.main([*QUICK, "--init-adapter", "b.safetensors", "--out", "named"]) == 0
     assert "a new head" in capsys.readouterr().out

@@ -12,8 +12,8 @@ from loha import LoHaLinear
 from lokr import LoKrLinear, factorization
 from lora import LoRALinear, mark_trainable, replace_linear
 
-# The scales are not 1, and exact in float32, to which PEFT's LoHa rounds its scale. Whether LoKr's W2 is
-# whole depends on the layer's shape and on rank.
+# No scale is 1. All are exact in float32, because PEFT's LoHa rounds its scale to float32. Whether LoKr's W2
+# is whole depends on the layer's shape and on rank.
 CASES = {
     "lora": (partial(LoRALinear, rank=5, alpha=7.5), peft.LoraConfig(r=5, lora_alpha=7.5)),
     "loha": (partial(LoHaLinear, rank=5, alpha=7.5), peft.LoHaConfig(r=5, alpha=7.5)),

@@ -240,6 +240,6 @@ def test_a_broken_file_in_torchvision_s_cache_is_named_in_one_line(content, tmp_
     file = tmp_path / "hub" / "checkpoints" / "vit_b_16-c867db91.pth"
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"vit_b_16-c867db91\.pth: not a whole file") as error:
+    with pytest.raises(ValueError, match=r"vit_b_16-c867db91\.pth: not a complete file") as error:
         vit.build("vit_b_16", "imagenet1k", 10)
     assert "\n" not in str(error.value) and "remove it" in str(error.value)

@@ -262,7 +262,7 @@ def test_wrong_files_are_refused_with_the_key(tmp_path):
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"layer_norm_eps": 1e-12}))
     with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or .* found config"):
         vit.build("vit_mini", str(tmp_path / "folder"))
-    with pytest.raises(ValueError, match="'in21k' are vit_b_16's"):
+    with pytest.raises(ValueError, match="--weights in21k: these are vit_b_16's"):
         vit.build("vit_mini", "in21k")
 
 
