@@ -45,8 +45,8 @@ def split_attention(model: nn.Module) -> nn.Module:
     """Turn every nn.MultiheadAttention of the model into an Attention, in place; return the model.
 
     The model must call its attention as torchvision's ViT does: without masks, and reading only the output.
-    Raises ValueError for an attention that such a ViT does not have: batch_first=False, bias_k, add_zero_attn,
-    key and value of another width, or an attention inside nn.TransformerEncoder and the like.
+    Raises ValueError for an attention that such a ViT does not have: batch_first=False, bias_k,
+    add_zero_attn, key and value of another width, or one inside nn.TransformerEncoder and the like.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     done = {}  # a shared attention is split once

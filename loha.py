@@ -7,8 +7,8 @@
     W1a, W2a  (out, rank)  hada_w1_a, hada_w2_a: trained, start random (kaiming_uniform, a = sqrt 5)
     W1b, W2b  (rank, in)   hada_w1_b: the same; hada_w2_b: starts at zero, so delta W is zero at first
 
-Hyeon-Woo et al., FedPara, 2021, arXiv 2108.06098, section 2.2; Yeh et al., LyCORIS, 2023, arXiv
-2309.14859. The initialisation is PEFT's. delta W can have rank^2; LoRA with as many numbers has 2 rank.
+Hyeon-Woo et al., FedPara, 2021, arXiv 2108.06098; Yeh et al., LyCORIS, 2023, arXiv 2309.14859. The
+initialisation is PEFT's. delta W can have rank^2 as its rank; LoRA with as many numbers has 2 rank.
 
     from functools import partial
     replace_linear(model, partial(LoHaLinear, rank=8, alpha=16), targets=["query", "value"])
@@ -72,8 +72,8 @@ class LoHaLinear(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
-# How to put it into a model. From here to the line that says "faster", the text is the same in lora.py,
-# loha.py and lokr.py, so that each file pastes alone. It knows an adapter of any kind by its delta_weight.
+# How to put it into a model. From here to factor_gradient the text is the same in lora.py, loha.py and
+# lokr.py, so that each file pastes alone. These functions know an adapter of any kind by its delta_weight.
 
 
 def replace_linear(
@@ -186,21 +186,21 @@ def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -
 
 
 def current_scale(layer, x: torch.Tensor):
-    """The layer's scale; or, where module_dropout leaves out the update of this forward, a tensor of 0."""
+    """The layer's scale. In training with module_dropout: a tensor, the scale or 0 with that probability."""
     if not layer.training or layer.module_dropout == 0:
         return layer.scale
     # Multiplied by 0 or 1, not skipped: DistributedDataParallel expects a gradient of every parameter.
     keep = torch.rand((), device=x.device) >= layer.module_dropout
-    return layer.scale * keep.to(next(layer.parameters(recurse=False)).dtype)
+    return layer.scale * keep.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def merged_layer(layer) -> nn.Linear:
-    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or forward
-    hooks, as a merged layer would lose them."""
+    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or hooks on
+    its forward, as a merged layer would lose them."""
     linear = layer.linear
     own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
-    if own or linear._forward_hooks:
+    if own or linear._forward_hooks or linear._forward_pre_hooks:
         raise ValueError(
             f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
             "would lose: remove it (accelerate's with remove_hook_from_module) or keep the adapter"
@@ -226,11 +226,11 @@ def merged_weight(layer) -> torch.Tensor:
     return layer.linear.weight + layer.delta_weight().to(layer.linear.weight.dtype)
 
 
-# ---- The same numbers, faster. Nothing below changes the method: a reader may stop here. ----
+# ---- The same numbers up to rounding, faster. Nothing below changes the method: you may stop here. ----
 
 
 def can_fuse(layer) -> bool:
-    """True if no dropout runs and calling layer.linear is F.linear and nothing else: no subclass, no hook, no
+    """True if no dropout is on and layer.linear does F.linear and nothing else: no subclass, no hook, no
     forward of its own, no quantised or meta weight."""
     if layer.training and layer.dropout > 0:
         return False
@@ -344,13 +344,14 @@ def is_half(x: torch.Tensor) -> bool:
     return torch.finfo(x.dtype).bits < 32
 
 
-# One memory access, in multiplications of a large matrix product (on two cores of an AMD EPYC).
+# One memory access takes as long as this many multiplications of a large matrix product (on two cores of
+# an AMD EPYC).
 TOUCH = 16
 
 
 def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int = TOUCH) -> tuple:
-    """Multiplications for N rows, without the frozen layer's own, as two pairs (whole, thin): one for the
-    forward, and again for x's gradient; one for the factors' gradients.
+    """Multiplications for N rows, without the frozen layer's own, as two pairs (whole, thin): one for
+    the forward, which x's gradient takes again, and one for the factors' gradients.
 
     half: whether x is in half precision. touch: how many multiplications one memory access counts as; 0
     leaves memory out. What the two parts can share is counted in both.

@@ -31,7 +31,7 @@ class LoKrLinear(nn.Module):
     """linear(x) + x @ delta_weight().T, for x of shape (..., in_features).
 
     linear: the nn.Linear to adapt; it is kept, not copied. mark_trainable freezes it.
-    rank, alpha: W2's factors have rank `rank`; the update is scaled by alpha / rank.
+    rank, alpha: W2 has rank `rank`, if that is small enough; the update is scaled by alpha / rank.
     dropout: in training, the probability that an element of the update's input is set to zero.
     module_dropout: in training, the probability that one forward leaves out the whole update.
     factor: the wanted number of rows and columns of W1, or of W2 if that is larger; see factorization.
@@ -102,7 +102,8 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 
 def add_matrix(layer, name: str, rows: int, columns: int, rank: float, zero: bool = False) -> None:
     """Give the layer the parameter `name` (rows, columns); or, if rank < max(rows, columns) / 2, its two
-    factors `name`_a (rows, rank) and `name`_b (rank, columns). zero: the matrix starts at zero."""
+    factors `name`_a (rows, rank) and `name`_b (rank, columns). zero: the matrix starts at zero.
+    rank: math.inf for one matrix, never two factors."""
     if rank < max(rows, columns) / 2:
         layer.register_parameter(f"{name}_a", new_factor(layer.linear, rows, rank, zero))
         layer.register_parameter(f"{name}_b", new_factor(layer.linear, rank, columns))
@@ -117,8 +118,8 @@ def matrix(layer, name: str) -> torch.Tensor:
     return getattr(layer, f"{name}_a") @ getattr(layer, f"{name}_b")
 
 
-# How to put it into a model. From here to the line that says "faster", the text is the same in lora.py,
-# loha.py and lokr.py, so that each file pastes alone. It knows an adapter of any kind by its delta_weight.
+# How to put it into a model. From here to factor_gradient the text is the same in lora.py, loha.py and
+# lokr.py, so that each file pastes alone. These functions know an adapter of any kind by its delta_weight.
 
 
 def replace_linear(
@@ -231,21 +232,21 @@ def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -
 
 
 def current_scale(layer, x: torch.Tensor):
-    """The layer's scale; or, where module_dropout leaves out the update of this forward, a tensor of 0."""
+    """The layer's scale. In training with module_dropout: a tensor, the scale or 0 with that probability."""
     if not layer.training or layer.module_dropout == 0:
         return layer.scale
     # Multiplied by 0 or 1, not skipped: DistributedDataParallel expects a gradient of every parameter.
     keep = torch.rand((), device=x.device) >= layer.module_dropout
-    return layer.scale * keep.to(next(layer.parameters(recurse=False)).dtype)
+    return layer.scale * keep.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def merged_layer(layer) -> nn.Linear:
-    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or forward
-    hooks, as a merged layer would lose them."""
+    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or hooks on
+    its forward, as a merged layer would lose them."""
     linear = layer.linear
     own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
-    if own or linear._forward_hooks:
+    if own or linear._forward_hooks or linear._forward_pre_hooks:
         raise ValueError(
             f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
             "would lose: remove it (accelerate's with remove_hook_from_module) or keep the adapter"
@@ -271,11 +272,11 @@ def merged_weight(layer) -> torch.Tensor:
     return layer.linear.weight + layer.delta_weight().to(layer.linear.weight.dtype)
 
 
-# ---- The same numbers, faster. Nothing below changes the method: a reader may stop here. ----
+# ---- The same numbers up to rounding, faster. Nothing below changes the method: you may stop here. ----
 
 
 def can_fuse(layer) -> bool:
-    """True if no dropout runs and calling layer.linear is F.linear and nothing else: no subclass, no hook, no
+    """True if no dropout is on and layer.linear does F.linear and nothing else: no subclass, no hook, no
     forward of its own, no quantised or meta weight."""
     if layer.training and layer.dropout > 0:
         return False
@@ -395,7 +396,8 @@ def kron(W1, W2a, W2b) -> torch.Tensor:
     return torch.kron(W1, W2b if W2a is None else W2a @ W2b)
 
 
-# One memory access, in multiplications of a large matrix product (on two cores of an AMD EPYC).
+# One memory access takes as long as this many multiplications of a large matrix product (on two cores of
+# an AMD EPYC).
 TOUCH = 16
 
 

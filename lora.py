@@ -31,7 +31,6 @@ class LoRALinear(nn.Module):
     rank, alpha: the update has rank `rank` and is scaled by alpha / rank.
     dropout: in training, the probability that an element of the update's input is set to zero.
     module_dropout: in training, the probability that one forward leaves out the whole update.
-
     Raises ValueError for a rank below 1 or a dropout outside [0, 1).
     """
 
@@ -71,8 +70,8 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, scale={self.scale:g}"
 
 
-# How to put it into a model. From here to the line that says "faster", the text is the same in lora.py,
-# loha.py and lokr.py, so that each file pastes alone. It knows an adapter of any kind by its delta_weight.
+# How to put it into a model. From here to factor_gradient the text is the same in lora.py, loha.py and
+# lokr.py, so that each file pastes alone. These functions know an adapter of any kind by its delta_weight.
 
 
 def replace_linear(
@@ -185,21 +184,21 @@ def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -
 
 
 def current_scale(layer, x: torch.Tensor):
-    """The layer's scale; or, where module_dropout leaves out the update of this forward, a tensor of 0."""
+    """The layer's scale. In training with module_dropout: a tensor, the scale or 0 with that probability."""
     if not layer.training or layer.module_dropout == 0:
         return layer.scale
     # Multiplied by 0 or 1, not skipped: DistributedDataParallel expects a gradient of every parameter.
     keep = torch.rand((), device=x.device) >= layer.module_dropout
-    return layer.scale * keep.to(next(layer.parameters(recurse=False)).dtype)
+    return layer.scale * keep.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def merged_layer(layer) -> nn.Linear:
-    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or forward
-    hooks, as a merged layer would lose them."""
+    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or hooks on
+    its forward, as a merged layer would lose them."""
     linear = layer.linear
     own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
-    if own or linear._forward_hooks:
+    if own or linear._forward_hooks or linear._forward_pre_hooks:
         raise ValueError(
             f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
             "would lose: remove it (accelerate's with remove_hook_from_module) or keep the adapter"
@@ -225,11 +224,11 @@ def merged_weight(layer) -> torch.Tensor:
     return layer.linear.weight + layer.delta_weight().to(layer.linear.weight.dtype)
 
 
-# ---- The same numbers, faster. Nothing below changes the method: a reader may stop here. ----
+# ---- The same numbers up to rounding, faster. Nothing below changes the method: you may stop here. ----
 
 
 def can_fuse(layer) -> bool:
-    """True if no dropout runs and calling layer.linear is F.linear and nothing else: no subclass, no hook, no
+    """True if no dropout is on and layer.linear does F.linear and nothing else: no subclass, no hook, no
     forward of its own, no quantised or meta weight."""
     if layer.training and layer.dropout > 0:
         return False

@@ -246,11 +246,14 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config. Raises ValueError for an unknown flag or a wrong value."""
     parser = Parser(
-        description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr."
+        description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr.",
+        epilog="A recipe sets some of these; the defaults hold for the others.",
     )
     for f in fields(Config):
         kind = kind_of(f)
         text = f.metadata["help"].replace("%", "%%")
+        if choices := RECIPES if f.name == "recipe" else f.metadata.get("choices"):
+            text += f": {', '.join(choices)}"
         if f.metadata.get("default") is not None:
             text += f" (default: {f.metadata['default']})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}

@@ -47,8 +47,8 @@ except ImportError:  # Windows
 class Run:
     """What a training script has prepared, and how far the training has come.
 
-    After a resume, step, epoch, best, best_tensors and result are what last.pt holds, and extra has what it held
-    beside what the script had put there.
+    After a resume, step, epoch, best, best_tensors and result are those of last.pt. So is extra, except for
+    what the script had put there before.
     """
 
     config: Any  # with out, resume, save_minutes

@@ -121,6 +121,17 @@ def test_half_precision_rounds_no_update_away(name, monkeypatch):
         torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0)
 
 
+def test_loha_s_whole_form_rounds_delta_weight_once_in_half_precision(monkeypatch):
+    layer = make(force("loha-whole-whole", monkeypatch), torch.bfloat16)
+    for p in layer.linear.parameters():
+        nn.init.zeros_(p)
+    delta = layer.delta_weight()
+    assert delta.dtype == torch.float32
+    for forward in (call, plain):
+        y = forward(layer, torch.eye(IN, dtype=torch.bfloat16))
+        assert torch.equal(y.T, delta.bfloat16())
+
+
 def test_cost_model_of_lokr_keeps_w_and_kron_apart_in_half_precision():
     layer = LoKrLinear(nn.Linear(768, 768), rank=8)
     x = torch.empty(10_000, 768)
@@ -154,8 +165,8 @@ def test_autocast_gives_the_float32_gradients_to_half_precision(name, dtype, mon
 
 
 @pytest.mark.parametrize("name", [name for name in ROUTES if "both" not in name])
-def test_in_autocast_the_factors_are_multiplied_in_float32(name, monkeypatch):
-    """So the output is that of a half-precision layer, whose factors are float32, to the bit."""
+def test_autocast_gives_the_output_of_a_half_precision_layer(name, monkeypatch):
+    """To the bit: both keep their factors, and the factors' products, in float32."""
     route = force(name, monkeypatch)
     layer, half = make(route, torch.float32), make(route, torch.float32)
     half.linear.bfloat16()

@@ -293,6 +293,10 @@ def test_a_layer_with_another_forward_in_its_place_is_not_merged(kind):
     layer.linear.register_forward_hook(lambda module, arguments, output: 2 * output)
     with pytest.raises(ValueError, match="has forward hooks of its own"):
         layer.merge()
+    layer = make(kind)
+    layer.linear.register_forward_pre_hook(lambda module, arguments: (2 * arguments[0],))
+    with pytest.raises(ValueError, match="has forward hooks of its own"):
+        layer.merge()
 
 
 @every_kind

@@ -25,7 +25,7 @@ METHOD = ("replace_linear", "mark_trainable", "merge", "check_arguments", "new_f
 METHOD += ("current_scale", "merged_layer", "merged_weight")
 FAST = ("can_fuse", "fused", "factor_gradient")
 SHARED = METHOD + FAST
-RULER = "# ---- The same numbers, faster"
+RULER = "# ---- The same numbers up to rounding, faster"
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
