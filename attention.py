@@ -6,7 +6,7 @@ out_proj never runs, and no error says so.
 
     split_attention(model)     # each nn.MultiheadAttention becomes an Attention with the same numbers
     ...                        # replace_linear, training, merge
-    join_attention(model)      # torchvision's module again: the weights load into a stock model
+    join_attention(model)      # torchvision's module again: a stock model loads the weights
 """
 
 import torch
@@ -44,9 +44,9 @@ class Attention(nn.Module):
 def split_attention(model: nn.Module) -> nn.Module:
     """Turn every nn.MultiheadAttention of the model into an Attention, in place; return the model.
 
-    The model must call its attention as torchvision's ViT does: without masks, and reading only the output.
+    The model must call its attention as torchvision's ViT does: without masks, and using only the output.
     Raises ValueError for an attention that such a ViT does not have: batch_first=False, bias_k,
-    add_zero_attn, key and value of another width, or one inside nn.TransformerEncoder and the like.
+    add_zero_attn, key and value of another width, or use in nn.TransformerEncoder and similar modules.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     done = {}  # a shared attention is split once

@@ -5,10 +5,10 @@
 
     W         (out, in)    the weight of the nn.Linear that LoHaLinear wraps; frozen
     W1a, W2a  (out, rank)  hada_w1_a, hada_w2_a: trained, start random (kaiming_uniform, a = sqrt 5)
-    W1b, W2b  (rank, in)   hada_w1_b: the same; hada_w2_b: starts at zero, so delta W is zero at first
+    W1b, W2b  (rank, in)   hada_w1_b: starts random; hada_w2_b: starts at zero, and so does delta W
 
 Hyeon-Woo et al., FedPara, 2021, arXiv 2108.06098; Yeh et al., LyCORIS, 2023, arXiv 2309.14859. The
-initialisation is PEFT's. delta W can have rank^2 as its rank; LoRA with as many numbers has 2 rank.
+initialisation is PEFT's. With r = rank, delta W can reach rank r^2, and LoRA of equal size 2 r.
 
     from functools import partial
     replace_linear(model, partial(LoHaLinear, rank=8, alpha=16), targets=["query", "value"])
@@ -59,10 +59,10 @@ class LoHaLinear(nn.Module):
         return self.linear(x) + F.linear(dropped, ((W1a @ W1b) * (W2a @ W2b)).to(x.dtype))
 
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + delta_weight, added in float32 or wider, cast back once."""
+        """A plain nn.Linear with weight W + delta_weight, summed in float32 or wider, in W's dtype."""
         return merged_layer(self)
 
-    # Code that takes this layer for an nn.Linear reads these, as diffusers' pipelines do.
+    # Some code treats this layer as an nn.Linear and reads these: diffusers' pipelines, for example.
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
     weight = property(lambda self: merged_weight(self))
@@ -81,12 +81,12 @@ def replace_linear(
 ) -> list[str]:
     """Wrap nn.Linear layers of the model in place and return their dotted names.
 
-    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
-    targets: "all" for every nn.Linear whose name does not contain head; or the last parts of names, as a
-        list or with commas: ["query", "mlp.0"] or "query,mlp.0".
-    head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without one.
+    wrap: makes the adapter of an nn.Linear, for example partial(LoRALinear, rank=8).
+    targets: "all" for every nn.Linear whose name does not contain head; or the ends of names:
+        ["query", "mlp.0"], which is the same as "query,mlp.0".
+    head: a part of the head's name: "all" skips the head. "" for a model without a head.
 
-    Raises ValueError, with the model unchanged, if a target matches nothing or a layer that is wrapped.
+    Raises ValueError, with the model unchanged, if a target matches no layer, or an adapted one.
     Warns about nn.MultiheadAttention, which reads weights and never calls its layers.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -94,11 +94,11 @@ def replace_linear(
     adapted = {name for name, m in modules.items() if hasattr(m, "delta_weight")}
     if attention:
         warnings.warn(
-            f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: not adapted, "
-            "because it never calls its layers. If the model is a ViT of torchvision's, call "
-            "split_attention(model) of attention.py first.",
+            f"{len(attention)} nn.MultiheadAttention (the first is {attention[0]!r}) stay unadapted: they "
+            "never call their layers. For torchvision's ViT, call split_attention(model) of attention.py.",
             stacklevel=2,
         )
+    # Layers inside an attention or an adapter are skipped. A name of "" is the model itself.
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])
     names = [
         name
@@ -132,9 +132,9 @@ def mark_trainable(
 ) -> tuple[int, int]:
     """Let adapters, head and biases train and freeze the rest; return (trainable, total) parameter counts.
 
-    head: every parameter whose name contains it trains; "" for none.
+    head: parameters with this in their name train; "" for none.
     bias: "none", "all" (every bias of the model) or "adapter" (the biases of wrapped layers).
-    Raises ValueError for another bias.
+    Raises ValueError for other values of bias.
     """
     if bias not in ("none", "all", "adapter"):
         raise ValueError(f"bias={bias!r}: expected none, all or adapter")
@@ -177,7 +177,7 @@ def check_arguments(rank: int, dropout: float, module_dropout: float) -> None:
 def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -> nn.Parameter:
     """A trained matrix (rows, columns) on linear's device: zero, or kaiming_uniform(a=sqrt 5).
 
-    It is float32 or wider whatever linear's type: AdamW and fp16 loss scaling need that.
+    Its dtype is float32 or wider: AdamW and fp16 loss scaling need that, whatever linear's dtype is.
     """
     W = linear.weight
     dtype = torch.promote_types(W.dtype, torch.float32)
@@ -186,24 +186,27 @@ def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -
 
 
 def current_scale(layer, x: torch.Tensor):
-    """The layer's scale. In training with module_dropout: a tensor, the scale or 0 with that probability."""
+    """layer.scale; in training with module_dropout a tensor, which is 0 with that probability."""
     if not layer.training or layer.module_dropout == 0:
         return layer.scale
-    # Multiplied by 0 or 1, not skipped: DistributedDataParallel expects a gradient of every parameter.
+    # The update is multiplied by 0, not skipped: DistributedDataParallel expects every gradient.
     keep = torch.rand((), device=x.device) >= layer.module_dropout
     return layer.scale * keep.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def merged_layer(layer) -> nn.Linear:
-    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or hooks on
-    its forward, as a merged layer would lose them."""
+    """The adapter as a plain nn.Linear: see its merge.
+
+    Raises ValueError if the wrapped layer has a forward of its own or hooks on its forward: a merged layer
+    would lose them.
+    """
     linear = layer.linear
     own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
     if own or linear._forward_hooks or linear._forward_pre_hooks:
         raise ValueError(
             f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
-            "would lose: remove it (accelerate's with remove_hook_from_module) or keep the adapter"
+            "would lose: remove that (for accelerate's: remove_hook_from_module), or do not merge"
         )
     W, bias = linear.weight, linear.bias
     out_features, in_features = W.shape
@@ -264,13 +267,14 @@ class LoHaProduct(torch.autograd.Function):
     """x (W + delta W)^T + b for rows x (N, in), with its own backward, which keeps x alone.
 
     There are two forms; loha_forms picks the cheaper one for each layer and number of rows.
-    Whole: delta W is built and added to W, so x needs one product. That takes 2 * rank multiplications for
-    each element of W, however many rows x has; backward builds delta W again rather than keep it.
-    Thin: an elementwise product of matrices of rank r is a product of rank r^2. So delta W = B^T A with A
-    (rank^2, in) and B (rank^2, out), made by khatri_rao, and x passes through both as in LoRA: rank^2 * (in +
-    out) multiplications a row.
-    The factors' gradients take twice the thin form's multiplications (17 % of the frozen layer's forward and
-    backward for rank 8 on 768 x 768), or in * out a row (50 %), whichever is less.
+    Whole: delta W is built and added to W, and x is multiplied once. That takes 2 * rank multiplications for
+    each element of W, however many rows x has; backward builds delta W again, to save memory.
+    Thin: the elementwise product of two matrices of rank r is a matrix of rank r^2 or less, B^T A. A
+    (rank^2, in) has the products of each row of W1b with each row of W2b, B (rank^2, out) those of the
+    columns of W1a and W2a (khatri_rao). x passes through both as in LoRA: rank^2 * (in + out)
+    multiplications a row.
+    The factors' gradients take twice that in the thin form (17 % of the frozen layer's forward and backward
+    for rank 8 on 768 x 768), and about in * out a row in the whole form (50 %).
     """
 
     # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
@@ -340,7 +344,7 @@ def khatri_rao_backward(g, first, second) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def is_half(x: torch.Tensor) -> bool:
-    """True for float16 and bfloat16: there W + delta W would round off the update, so the two stay apart."""
+    """True for float16 and bfloat16, where W + delta W would lose the update: the two stay apart."""
     return torch.finfo(x.dtype).bits < 32
 
 
@@ -351,14 +355,14 @@ TOUCH = 16
 
 def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int = TOUCH) -> tuple:
     """Multiplications for N rows, without the frozen layer's own, as two pairs (whole, thin): one for
-    the forward, which x's gradient takes again, and one for the factors' gradients.
+    the forward (x's gradient costs the same), one for the factors' gradients.
 
     half: whether x is in half precision. touch: how many multiplications one memory access counts as; 0
-    leaves memory out. What the two parts can share is counted in both.
+    leaves memory out. Work that both pairs share is counted twice.
     """
     whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # D1, D2, their product, the sum
     thin = N * (n_out + n_in) * (rank**2 + touch)
-    # G, D1, D2, their gradients, and the factors'
+    # G; D1, D2 and their gradients; the factors' gradients
     whole_gradients = n_out * n_in * (N + 6 * rank + 8 * touch)
     return (whole, thin), (whole_gradients, 2 * thin)
 

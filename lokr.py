@@ -31,11 +31,11 @@ class LoKrLinear(nn.Module):
     """linear(x) + x @ delta_weight().T, for x of shape (..., in_features).
 
     linear: the nn.Linear to adapt; it is kept, not copied. mark_trainable freezes it.
-    rank, alpha: W2 has rank `rank`, if that is small enough; the update is scaled by alpha / rank.
+    rank, alpha: W2 has rank `rank` where it is a product; the update is scaled by alpha / rank.
     dropout: in training, the probability that an element of the update's input is set to zero.
     module_dropout: in training, the probability that one forward leaves out the whole update.
-    factor: the wanted number of rows and columns of W1, or of W2 if that is larger; see factorization.
-    decompose_both: W1 is a product of two factors too, where rank is small enough.
+    factor: the wanted rows and columns of W1 (of W2, if above the square root): see factorization.
+    decompose_both: W1 is a product too, if rank < max(out_l, in_m) / 2.
     Raises ValueError for a rank below 1 or a dropout outside [0, 1).
     """
 
@@ -74,10 +74,10 @@ class LoKrLinear(nn.Module):
         return self.linear(x) + (W1 @ (X @ W2.T)).flatten(-2)  # (..., out_l, out_k) -> (..., out)
 
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + delta_weight, added in float32 or wider, cast back once."""
+        """A plain nn.Linear with weight W + delta_weight, summed in float32 or wider, in W's dtype."""
         return merged_layer(self)
 
-    # Code that takes this layer for an nn.Linear reads these, as diffusers' pipelines do.
+    # Some code treats this layer as an nn.Linear and reads these: diffusers' pipelines, for example.
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
     weight = property(lambda self: merged_weight(self))
@@ -90,8 +90,8 @@ class LoKrLinear(nn.Module):
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
     """Split dimension into (small, large) with small * large == dimension and small <= large.
 
-    If factor > 0 divides dimension: factor and the rest. Otherwise the pair nearest the square root, with
-    small at most factor (-1: no limit). The rule is LyCORIS': factorization(768) == (24, 32).
+    If factor > 0 divides dimension: factor and the quotient. Otherwise small is the largest divisor up to the
+    square root, and up to factor (-1: no limit). The rule is LyCORIS': factorization(768) == (24, 32).
     """
     if factor > 0 and dimension % factor == 0:
         return min(factor, dimension // factor), max(factor, dimension // factor)
@@ -103,7 +103,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 def add_matrix(layer, name: str, rows: int, columns: int, rank: float, zero: bool = False) -> None:
     """Give the layer the parameter `name` (rows, columns); or, if rank < max(rows, columns) / 2, its two
     factors `name`_a (rows, rank) and `name`_b (rank, columns). zero: the matrix starts at zero.
-    rank: math.inf for one matrix, never two factors."""
+    rank: math.inf for one matrix in any case."""
     if rank < max(rows, columns) / 2:
         layer.register_parameter(f"{name}_a", new_factor(layer.linear, rows, rank, zero))
         layer.register_parameter(f"{name}_b", new_factor(layer.linear, rank, columns))
@@ -127,12 +127,12 @@ def replace_linear(
 ) -> list[str]:
     """Wrap nn.Linear layers of the model in place and return their dotted names.
 
-    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
-    targets: "all" for every nn.Linear whose name does not contain head; or the last parts of names, as a
-        list or with commas: ["query", "mlp.0"] or "query,mlp.0".
-    head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without one.
+    wrap: makes the adapter of an nn.Linear, for example partial(LoRALinear, rank=8).
+    targets: "all" for every nn.Linear whose name does not contain head; or the ends of names:
+        ["query", "mlp.0"], which is the same as "query,mlp.0".
+    head: a part of the head's name: "all" skips the head. "" for a model without a head.
 
-    Raises ValueError, with the model unchanged, if a target matches nothing or a layer that is wrapped.
+    Raises ValueError, with the model unchanged, if a target matches no layer, or an adapted one.
     Warns about nn.MultiheadAttention, which reads weights and never calls its layers.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -140,11 +140,11 @@ def replace_linear(
     adapted = {name for name, m in modules.items() if hasattr(m, "delta_weight")}
     if attention:
         warnings.warn(
-            f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: not adapted, "
-            "because it never calls its layers. If the model is a ViT of torchvision's, call "
-            "split_attention(model) of attention.py first.",
+            f"{len(attention)} nn.MultiheadAttention (the first is {attention[0]!r}) stay unadapted: they "
+            "never call their layers. For torchvision's ViT, call split_attention(model) of attention.py.",
             stacklevel=2,
         )
+    # Layers inside an attention or an adapter are skipped. A name of "" is the model itself.
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])
     names = [
         name
@@ -178,9 +178,9 @@ def mark_trainable(
 ) -> tuple[int, int]:
     """Let adapters, head and biases train and freeze the rest; return (trainable, total) parameter counts.
 
-    head: every parameter whose name contains it trains; "" for none.
+    head: parameters with this in their name train; "" for none.
     bias: "none", "all" (every bias of the model) or "adapter" (the biases of wrapped layers).
-    Raises ValueError for another bias.
+    Raises ValueError for other values of bias.
     """
     if bias not in ("none", "all", "adapter"):
         raise ValueError(f"bias={bias!r}: expected none, all or adapter")
@@ -223,7 +223,7 @@ def check_arguments(rank: int, dropout: float, module_dropout: float) -> None:
 def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -> nn.Parameter:
     """A trained matrix (rows, columns) on linear's device: zero, or kaiming_uniform(a=sqrt 5).
 
-    It is float32 or wider whatever linear's type: AdamW and fp16 loss scaling need that.
+    Its dtype is float32 or wider: AdamW and fp16 loss scaling need that, whatever linear's dtype is.
     """
     W = linear.weight
     dtype = torch.promote_types(W.dtype, torch.float32)
@@ -232,24 +232,27 @@ def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -
 
 
 def current_scale(layer, x: torch.Tensor):
-    """The layer's scale. In training with module_dropout: a tensor, the scale or 0 with that probability."""
+    """layer.scale; in training with module_dropout a tensor, which is 0 with that probability."""
     if not layer.training or layer.module_dropout == 0:
         return layer.scale
-    # Multiplied by 0 or 1, not skipped: DistributedDataParallel expects a gradient of every parameter.
+    # The update is multiplied by 0, not skipped: DistributedDataParallel expects every gradient.
     keep = torch.rand((), device=x.device) >= layer.module_dropout
     return layer.scale * keep.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def merged_layer(layer) -> nn.Linear:
-    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or hooks on
-    its forward, as a merged layer would lose them."""
+    """The adapter as a plain nn.Linear: see its merge.
+
+    Raises ValueError if the wrapped layer has a forward of its own or hooks on its forward: a merged layer
+    would lose them.
+    """
     linear = layer.linear
     own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
     if own or linear._forward_hooks or linear._forward_pre_hooks:
         raise ValueError(
             f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
-            "would lose: remove it (accelerate's with remove_hook_from_module) or keep the adapter"
+            "would lose: remove that (for accelerate's: remove_hook_from_module), or do not merge"
         )
     W, bias = linear.weight, linear.bias
     out_features, in_features = W.shape
@@ -307,7 +310,7 @@ def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def w2_factors(layer) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """W2a and W2b; None and W2 if W2 is one matrix."""
+    """(W2a, W2b); (None, W2) if W2 is one matrix."""
     if hasattr(layer, "lokr_w2"):
         return None, layer.lokr_w2
     return layer.lokr_w2_a, layer.lokr_w2_b
@@ -317,12 +320,13 @@ class LoKrProduct(torch.autograd.Function):
     """x (W + kron(W1, W2))^T + b for rows x (N, in), with its own backward, which keeps x alone.
 
     There are two forms; lokr_form picks the cheaper one for each layer and number of rows.
-    Apart: a row x, seen as a matrix X (in_m, in_n), passes through W2b, W1 and W2a: for rank 8 on 768 x 768,
-    16,896 multiplications a row where the frozen layer takes 589,824.
-    Built: kron(W1, W2), one multiplication an element, is added to W, so x needs one product; backward builds
-    it again. With many rows that costs less still.
-    The factors' gradients never need kron. The scale is in W1. W2 = W2a W2b; where W2 is one matrix, it is
-    W2b here, and W2a is None.
+    Apart: kron(W1, W2) vec(X) = vec(W1 X W2^T) for a row x as a matrix X (in_m, in_n), where vec reads row by
+    row. So x passes through W2b, W1 and W2a: for rank 8 on 768 x 768, 16,896 multiplications a row, where the
+    frozen layer takes 589,824.
+    Built: kron(W1, W2) takes one multiplication an element. It is added to W, and x is multiplied once;
+    backward builds it again. With many rows, this is cheaper.
+    The factors' gradients never need kron. The scale is in W1. W2 = W2a W2b; if W2 is one matrix, it is W2b
+    here, and W2a is None.
     """
 
     # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
@@ -334,7 +338,7 @@ class LoKrProduct(torch.autograd.Function):
             return F.linear(x, kron(W1, W2a, W2b).to(x.dtype).add_(W), bias)
         W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
         N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
-        # W1 mixes blocks: swap moves their axis before N, so that this is a product of flat matrices too
+        # W1 mixes blocks. With their axis first, W1 @ q is one product of two matrices.
         q = swap(F.linear(x.reshape(N, in_m, in_n), W2b))  # (in_m, N, rank)
         u = (W1 @ q.reshape(in_m, N * rank)).reshape(out_l, N, rank)
         u = swap(u).reshape(N * out_l, rank)
@@ -360,7 +364,7 @@ class LoKrProduct(torch.autograd.Function):
 def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
     """The gradient of x (None unless of_x) and of the three factors, from g (N, out).
 
-    p is g W2a, q is x W2b^T; W1 takes both as in forward, with the blocks' axis first.
+    p is g W2a and q is x W2b^T, both with the blocks' axis first, as W1 takes them in forward.
     """
     gx = None
     if built := lokr_form(x, W, W1, W2b) == "built":
@@ -402,8 +406,8 @@ TOUCH = 16
 
 
 def lokr_costs(N: int, n_out: int, n_in: int, W1_size: int, rank: int, touch: int = TOUCH) -> tuple:
-    """Multiplications for N rows, forward and x's gradient together, as (built, apart). The frozen layer's
-    own, and those of the factors' gradients, are the same in both and left out.
+    """Multiplications for N rows as (built, apart), for forward and x's gradient together. Both forms need
+    those of the frozen layer and of the factors' gradients too: they are left out.
 
     rank: W2's inner dimension. touch: how many multiplications one memory access counts as; 0 leaves memory
     out.
@@ -414,6 +418,6 @@ def lokr_costs(N: int, n_out: int, n_in: int, W1_size: int, rank: int, touch: in
 
 
 def lokr_form(x, W, W1, W2b) -> str:
-    """The cheaper form, "built" or "apart". Apart in half precision: W + kron would round off the update."""
+    """The cheaper form, "built" or "apart"; in half precision "apart", as W + kron would lose the update."""
     built, apart = lokr_costs(len(x), *W.shape, W1.numel(), len(W2b))
     return "built" if built <= apart and torch.finfo(x.dtype).bits >= 32 else "apart"

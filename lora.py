@@ -57,10 +57,10 @@ class LoRALinear(nn.Module):
         return self.linear(x) + F.linear(z, B.to(x.dtype))  # (..., out)
 
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + delta_weight, added in float32 or wider, cast back once."""
+        """A plain nn.Linear with weight W + delta_weight, summed in float32 or wider, in W's dtype."""
         return merged_layer(self)
 
-    # Code that takes this layer for an nn.Linear reads these, as diffusers' pipelines do.
+    # Some code treats this layer as an nn.Linear and reads these: diffusers' pipelines, for example.
     in_features = property(lambda self: self.linear.in_features)
     out_features = property(lambda self: self.linear.out_features)
     weight = property(lambda self: merged_weight(self))
@@ -79,12 +79,12 @@ def replace_linear(
 ) -> list[str]:
     """Wrap nn.Linear layers of the model in place and return their dotted names.
 
-    wrap: called with each nn.Linear, returns its adapter: partial(LoRALinear, rank=8), or LoHa's, LoKr's.
-    targets: "all" for every nn.Linear whose name does not contain head; or the last parts of names, as a
-        list or with commas: ["query", "mlp.0"] or "query,mlp.0".
-    head: the part of a name that marks the classifier, which "all" leaves alone; "" for a model without one.
+    wrap: makes the adapter of an nn.Linear, for example partial(LoRALinear, rank=8).
+    targets: "all" for every nn.Linear whose name does not contain head; or the ends of names:
+        ["query", "mlp.0"], which is the same as "query,mlp.0".
+    head: a part of the head's name: "all" skips the head. "" for a model without a head.
 
-    Raises ValueError, with the model unchanged, if a target matches nothing or a layer that is wrapped.
+    Raises ValueError, with the model unchanged, if a target matches no layer, or an adapted one.
     Warns about nn.MultiheadAttention, which reads weights and never calls its layers.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -92,11 +92,11 @@ def replace_linear(
     adapted = {name for name, m in modules.items() if hasattr(m, "delta_weight")}
     if attention:
         warnings.warn(
-            f"{len(attention)} nn.MultiheadAttention in the model, the first {attention[0]!r}: not adapted, "
-            "because it never calls its layers. If the model is a ViT of torchvision's, call "
-            "split_attention(model) of attention.py first.",
+            f"{len(attention)} nn.MultiheadAttention (the first is {attention[0]!r}) stay unadapted: they "
+            "never call their layers. For torchvision's ViT, call split_attention(model) of attention.py.",
             stacklevel=2,
         )
+    # Layers inside an attention or an adapter are skipped. A name of "" is the model itself.
     inside = tuple(f"{name}." if name else "" for name in [*attention, *adapted])
     names = [
         name
@@ -130,9 +130,9 @@ def mark_trainable(
 ) -> tuple[int, int]:
     """Let adapters, head and biases train and freeze the rest; return (trainable, total) parameter counts.
 
-    head: every parameter whose name contains it trains; "" for none.
+    head: parameters with this in their name train; "" for none.
     bias: "none", "all" (every bias of the model) or "adapter" (the biases of wrapped layers).
-    Raises ValueError for another bias.
+    Raises ValueError for other values of bias.
     """
     if bias not in ("none", "all", "adapter"):
         raise ValueError(f"bias={bias!r}: expected none, all or adapter")
@@ -175,7 +175,7 @@ def check_arguments(rank: int, dropout: float, module_dropout: float) -> None:
 def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -> nn.Parameter:
     """A trained matrix (rows, columns) on linear's device: zero, or kaiming_uniform(a=sqrt 5).
 
-    It is float32 or wider whatever linear's type: AdamW and fp16 loss scaling need that.
+    Its dtype is float32 or wider: AdamW and fp16 loss scaling need that, whatever linear's dtype is.
     """
     W = linear.weight
     dtype = torch.promote_types(W.dtype, torch.float32)
@@ -184,24 +184,27 @@ def new_factor(linear: nn.Linear, rows: int, columns: int, zero: bool = False) -
 
 
 def current_scale(layer, x: torch.Tensor):
-    """The layer's scale. In training with module_dropout: a tensor, the scale or 0 with that probability."""
+    """layer.scale; in training with module_dropout a tensor, which is 0 with that probability."""
     if not layer.training or layer.module_dropout == 0:
         return layer.scale
-    # Multiplied by 0 or 1, not skipped: DistributedDataParallel expects a gradient of every parameter.
+    # The update is multiplied by 0, not skipped: DistributedDataParallel expects every gradient.
     keep = torch.rand((), device=x.device) >= layer.module_dropout
     return layer.scale * keep.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.no_grad()
 def merged_layer(layer) -> nn.Linear:
-    """What layer.merge() returns. Raises ValueError if the wrapped layer has a forward of its own or hooks on
-    its forward, as a merged layer would lose them."""
+    """The adapter as a plain nn.Linear: see its merge.
+
+    Raises ValueError if the wrapped layer has a forward of its own or hooks on its forward: a merged layer
+    would lose them.
+    """
     linear = layer.linear
     own = type(linear).forward is not nn.Linear.forward or "forward" in vars(linear)
     if own or linear._forward_hooks or linear._forward_pre_hooks:
         raise ValueError(
             f"{linear} has {'a forward' if own else 'forward hooks'} of its own, which a merged layer "
-            "would lose: remove it (accelerate's with remove_hook_from_module) or keep the adapter"
+            "would lose: remove that (for accelerate's: remove_hook_from_module), or do not merge"
         )
     W, bias = linear.weight, linear.bias
     out_features, in_features = W.shape
@@ -266,9 +269,10 @@ def lora_product(x, W, bias, A, B) -> torch.Tensor:
 class LoRAProduct(torch.autograd.Function):
     """x W^T + b + x A^T B^T for rows x (N, in), with its own backward, which keeps x and x A^T.
 
-    x passes through A and then B, so delta W is never built. A row takes rank * (in + out) multiplications
-    beside the frozen layer's in * out: for rank 8 on 768 x 768, 2 % of the forward and 4 % of the backward.
-    Moving numbers takes time too, so the two parts of y, and of x's gradient, are added in place.
+    x passes through A and then B, so delta W is never built. Beside the frozen layer's in * out
+    multiplications, a row takes rank * (in + out): for rank 8 on 768 x 768, 2 % more in forward and 4 % in
+    backward. Memory access takes time too, so the update is added to y in place, and so it is in x's
+    gradient.
     """
 
     # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
@@ -290,7 +294,7 @@ class LoRAProduct(torch.autograd.Function):
         x, W, A, B, z = ctx.saved_tensors
         of_x, of_W, of_bias = ctx.needs_input_grad[:3]
         with torch.autocast(gy.device.type, enabled=False):
-            # gy B, with B copied column by column: that is up to 1.6 times as fast in BLAS
+            # gy B. A copy of B in column order makes BLAS up to 1.6 times as fast.
             gz = F.linear(gy, B.to(x.dtype).T.contiguous()).add_(gz)  # (N, rank)
             gx = (gy @ W).addmm_(gz, A.to(x.dtype)) if of_x else None
             gW = gy.T @ x if of_W else None

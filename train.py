@@ -32,7 +32,7 @@ from engine.images import progress
 from engine.run import Run, Stopped
 from engine.start import prepare
 
-COLUMNS = {  # of metrics.csv, for TensorBoard's tags
+COLUMNS = {  # TensorBoard's tag: the column of metrics.csv
     "train/lr": "lr",
     "train/loss": "train_loss",
     "train/throughput": "images_per_second",
@@ -42,13 +42,13 @@ COLUMNS = {  # of metrics.csv, for TensorBoard's tags
 
 
 def fit(run: Run) -> dict:
-    """Train all epochs, evaluate after each, keep the best one; return the result: see train."""
+    """Train all epochs, evaluate after each, keep the best one; return what train returns."""
     config, images, model = run.config, run.dataset.train, run.model.to(run.device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     forward = devices.Autocast(model, run.device, run.dtype)
-    if processes() > 1:  # torchrun's: each has its share of a batch, and one GPU if there are any
+    if processes() > 1:  # under torchrun, each process has a share of each batch, and one GPU
         on_gpu = run.device.type == "cuda"
         forward = DistributedDataParallel(forward, device_ids=[run.device] if on_gpu else None)
         if not on_gpu:
@@ -61,8 +61,8 @@ def fit(run: Run) -> dict:
         f"({run.trainable / run.total:.2%}), on {len(images):,} images, {run.device}, {str(run.dtype)[6:]}",
         flush=True,
     )
-    per_step = config.batch_size * config.grad_accum  # images
-    steps = -(-len(images) // per_step)  # of an epoch
+    per_step = config.batch_size * config.grad_accum  # images in a step
+    steps = -(-len(images) // per_step)  # in an epoch
     with run.training(optimizer, scaler, steps, COLUMNS):
         if run.result and (not config.test or "test_loss" in run.result):
             print(f"{run.folder}: finished already, nothing is left to train")
@@ -70,14 +70,14 @@ def fit(run: Run) -> dict:
             return run.result | {"run_dir": str(run.folder)}
         while run.epoch < config.epochs:
             model.train()
-            first = run.step - run.epoch * steps  # 0, but in the epoch that a resumed run is in
+            first = run.step - run.epoch * steps  # not 0 in the first epoch after a resume
             batches = load_batches(run, images, train=True, start=first * per_step)
             bar = {"desc": f"epoch {run.epoch + 1}/{config.epochs}", "initial": first}
             for step in progress(range(first, steps), total=steps, **bar):
                 lr = config.lr * (1 - run.step / (config.epochs * steps))  # linear to zero
                 optimizer.param_groups[0]["lr"] = lr
-                # Dropout depends on the step alone: torchrun's processes draw unequal amounts where their
-                # shares are unequal, and only the first one's generators are saved.
+                # Dropout is seeded by the step: processes with unequal shares draw unequally many numbers,
+                # and last.pt has the generators of only one.
                 torch.manual_seed((config.seed * 1_000_003 + run.step) % 2**32)
                 count = min(per_step, len(images) - step * per_step)  # the last step may be smaller
                 loss = train_step(run, forward, batches, count, optimizer, scaler)
@@ -99,17 +99,17 @@ def fit(run: Run) -> dict:
                 run.best_tensors = checkpoint.trained(model)
                 run.extra["confusion"] = confusion
             log_epoch(run, val_loss, val_accuracy)
-            run.save()  # before the adapter file: where that exists, the run can be resumed
+            run.save()  # before the adapter file: a run that has one can be resumed
             if best or checkpoint.ADAPTER_FILE in run.unwritten:
                 run.save_adapter()
         return finish(run, forward)
 
 
 def train_step(run: Run, forward, batches, count: int, optimizer, scaler) -> torch.Tensor:
-    """One step of the optimizer on the next `count` images; returns their mean loss, on the device.
+    """One step of the optimizer on the next `count` images; returns their mean loss.
 
-    Each image has the same weight, so the gradient is that of all images in one batch, however many batches
-    and processes share them. Processes exchange gradients in the last backward; DDP takes their mean.
+    Each image has the same weight: the gradient equals that of one large batch, for any number of batches
+    and processes. Processes exchange gradients in the last backward only; DDP takes their mean.
     """
     mean_loss = torch.zeros((), device=run.device)
     for left in reversed(range(-(-count // run.config.batch_size))):
@@ -141,7 +141,7 @@ def evaluate(
         pairs.append(torch.stack([labels, predictions]))
         loss += F.cross_entropy(logits.float(), labels, reduction="sum").item()
         correct += (predictions == labels).sum().item()
-        total += (labels >= 0).sum().item()  # -100 fills up a process's share
+        total += (labels >= 0).sum().item()  # the label -100 is padding
     sums = torch.tensor([loss, correct, total], dtype=torch.float64)
     if processes() > 1:
         sums = devices.add_up(sums.to(labels.device))
@@ -152,7 +152,7 @@ def evaluate(
 
 
 def log_epoch(run: Run, val_loss: float, val_accuracy: float) -> None:
-    """Write an epoch's figures to TensorBoard, metrics.csv and the screen."""
+    """Write an epoch's metrics to TensorBoard, metrics.csv and the screen."""
     row = {"val/loss": val_loss, "val/accuracy": val_accuracy}
     row["val/best_accuracy"] = run.best["val_accuracy"]
     norms = [norm for norm in relative_norms(run.model).values() if math.isfinite(norm)]
@@ -185,7 +185,7 @@ def finish(run: Run, forward: nn.Module) -> dict:
     run.log.close(hyperparameters(config), metrics, files if drawn else {})
     if checkpoint.ADAPTER_FILE in run.unwritten and not run.save_adapter():
         file = run.folder / checkpoint.ADAPTER_FILE
-        raise ValueError(f"{file}: cannot be written; make room and {run.how_to_resume()}")
+        raise ValueError(f"{file}: cannot be written; free disk space and {run.how_to_resume()}")
     sizes = {"trainable": run.trainable, "total": run.total}
     run.result = {**figures, **sizes, "images_per_second": run.meter.images_per_second}
     run.save()
@@ -205,19 +205,19 @@ def sample(run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def count_confusion(pairs: torch.Tensor, confusion: torch.Tensor) -> None:
     """Add the pairs of label and prediction (2, images) of all processes to confusion (classes, classes)."""
-    labels, predictions = pairs[:, pairs[0] >= 0].cpu()  # the rest fills up a process's share
+    labels, predictions = pairs[:, pairs[0] >= 0].cpu()  # the label -100 is padding
     counts = torch.zeros_like(confusion)
     counts.index_put_((labels, predictions), counts.new_ones(()), accumulate=True)
     confusion += devices.add_up(counts.to(pairs.device)).cpu()  # nccl adds on GPUs only
 
 
 def list_unreadable(run: Run) -> None:
-    """Write unreadable.txt: the images that were replaced, in all processes, and why."""
+    """Write unreadable.txt: the images that any process has replaced, and why."""
     splits = (run.dataset.train, run.dataset.val, run.dataset.test)
     reasons = [reason for split in splits if split for reason in split.bad.values()]
     if reasons := devices.gather(reasons):
         text, file = "".join(f"{reason}\n" for reason in reasons), run.folder / "unreadable.txt"
-        names = {"encoding": "utf-8", "errors": "surrogateescape"}  # need not be UTF-8
+        names = {"encoding": "utf-8", "errors": "surrogateescape"}  # some names are not UTF-8
         run.attempt(file.name, lambda: file.write_text(text, **names))
 
 
@@ -236,9 +236,9 @@ def load_batches(run: Run, split, train: bool = False, start: int = 0):
 def train(config: Config) -> dict:
     """Train as config says; return val_accuracy (0..1, best epoch), run_dir, trainable, total and more.
 
-    Raises ValueError or OSError in one line. For a config or data that cannot work, that is before the run's
-    folder is made; later, for a loss that is not finite, too little memory, or an adapter file that cannot be
-    written. Raises Stopped, a KeyboardInterrupt, if a signal asks for it. What is saved stays saved.
+    Raises ValueError or OSError with one line: before the run's folder is made, if the config or the data
+    cannot work; later, if the loss is not finite, memory is too small, or the adapter file cannot be
+    written. Raises Stopped, a KeyboardInterrupt, after a signal. Files that are written stay.
     """
     try:
         result = fit(prepare(config))
@@ -251,8 +251,10 @@ def train(config: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says. Returns the exit status: 0; 2 after one line on stderr for what cannot
-    work; 128 + its number for a signal."""
+    """Train as the command line says; return the exit status.
+
+    That is 0, or 2 for an error (one line on stderr), or 128 + the number of a signal.
+    """
     who = f"train.py, process {process()}" if process() > 0 else "train.py"
     try:
         train(parse(argv))

@@ -36,7 +36,9 @@ class Config:
     limit: int | None = option(None, "use at most this many images of each split")
     classes: str | None = option(None, "train on these classes only: names, separated by commas")
     download: bool = option(False, "download the data set if it is missing (food101, cifar100)")
-    holdout: float = option(0.0, "validate on this fraction of the training images instead")
+    holdout: float = option(
+        0.0, "fraction of the training images to validate on, instead of the validation split"
+    )
     min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: no crops")
     flip: bool = option(True, "mirror training images at random")
     model: str = option("vit_b_16", "trunk", MODELS)
@@ -47,11 +49,13 @@ class Config:
     adapter: str = option("lora", "what trains", METHODS)
     rank: int = option(4, "inner dimension of the adapters")
     alpha: float = option(32.0, "the update is scaled by alpha / rank")
-    targets: str = option(
-        "all", "all linear layers, or last parts of their names, separated by commas"
+    targets: str = option("all", "all, or the ends of layer names, separated by commas")
+    factor: int = option(
+        -1, "LoKr: wanted rows and columns of W1; -1: near the square root of the layer's"
     )
-    factor: int = option(-1, "LoKr: rows and columns of W1; -1: near the square root")
-    decompose_both: bool = option(False, "LoKr: W1 is a product of two factors too")
+    decompose_both: bool = option(
+        False, "LoKr: W1 is a product of two factors too, if rank is small enough"
+    )
     bias: str = option("none", "biases that train as well", ("none", "all", "adapter"))
     head_dropout: float = option(0.0, "dropout before the head")
     adapter_dropout: float = option(0.0, "dropout of each adapter's input")
@@ -60,8 +64,8 @@ class Config:
         None, "adapter file or PEFT folder to start from; sets trunk and adapter too"
     )
     epochs: int = option(5, "passes through the training split")
-    batch_size: int = option(64, "images in a forward and backward, over all processes")
-    grad_accum: int = option(1, "batches in a step of the optimizer")
+    batch_size: int = option(64, "images in a forward pass, over all GPUs and processes")
+    grad_accum: int = option(1, "batches per optimizer step")
     lr: float = option(1e-3, "learning rate of the first step; it falls linearly to zero")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     amp: str = option("auto", "mixed precision", ("auto", "bf16", "fp16", "off"))
@@ -74,8 +78,8 @@ class Config:
     out: str | None = option(
         None, "the run's folder (default: runs/<recipe>-<adapter>-<seed>-<time>)"
     )
-    resume: bool = option(False, "continue the run in --out, or start it if there is none")
-    save_minutes: float = option(10.0, "minutes between two saves for --resume within an epoch")
+    resume: bool = option(False, "resume the run in --out; start it if there is none")
+    save_minutes: float = option(10.0, "minutes between two saves of last.pt within an epoch")
 
     def __post_init__(self):
         if self.recipe not in RECIPES:
@@ -247,7 +251,7 @@ def parse(argv: list[str] | None = None) -> Config:
     """The command line as a Config. Raises ValueError for an unknown flag or a wrong value."""
     parser = Parser(
         description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr.",
-        epilog="A recipe sets some of these; the defaults hold for the others.",
+        epilog="A recipe (default: demo) overrides these defaults, and a flag overrides the recipe.",
     )
     for f in fields(Config):
         kind = kind_of(f)

@@ -74,7 +74,7 @@ def test_a_full_disk_has_a_warning_and_the_run_goes_on(room, tmp_path):
 def test_a_disk_that_stays_full_keeps_the_last_good_file(tmp_path):
     process = limited(tmp_path, 0, 3, 99, "--out", "run")
     assert process.returncode == 2
-    end = "adapter.safetensors: cannot be written; make room and resume with the same command"
+    end = "adapter.safetensors: cannot be written; free disk space and resume with the same command"
     assert end in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr
     assert checkpoint.read_resume(tmp_path / "run" / "last.pt")["step"] == 2
     process = limited(tmp_path, 0, 99, 99, "--out", "run", "--resume")

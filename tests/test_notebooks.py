@@ -124,7 +124,7 @@ def test_paste_runs_from_start_to_finish(execute):
     assert float(difference) < 1e-4 < 0.1 < float(logits)
     assert text.endswith("24 layers adapted\n")
     warning = said(cells, "stderr")
-    assert warning.count("split_attention(model) of attention.py first") == 1
+    assert warning.count("call split_attention(model) of attention.py") == 1
     assert not list(folder.iterdir()), "nothing is left behind"
 
 

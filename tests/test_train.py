@@ -1,4 +1,4 @@
-"""train.py as a user runs it, and its loop against one that was written here with torch's own parts."""
+"""train.py as a user runs it, and its loop against minimal.py's."""
 
 import csv
 import json
@@ -20,9 +20,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 from trees import food101, pets, tiny_imagenet
 
 import data
+import minimal
 import train
 import vit
 from engine import checkpoint, devices
@@ -188,22 +190,24 @@ def test_train_from_python_for_every_adapter(adapter, tmp_path):
     assert bool(moved) == (adapter == "full"), "adapters and probe leave the trunk as it was"
 
 
-def plain_loop(config, epochs_of_batches):
-    """AdamW and torch's own linear schedule on given batches: the oracle for the loop."""
+def plain_loop(config, epochs, folder):
+    """The trained tensors that minimal.py's loop leaves after the same batches: the oracle for train.py's."""
     torch.manual_seed(config.seed)
     model, _ = vit.build("vit_mini", "embedded", 10)
     adapt(model, "lora", config.rank, config.alpha)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    steps = sum(map(len, epochs_of_batches))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
-    for batches in epochs_of_batches:
-        for images, labels in batches:
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            schedule.step()
+    with SummaryWriter(folder) as writer:
+        minimal.train(model, epochs, epochs[0], writer, config.lr, config.weight_decay)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def linear_schedule(lr, steps):
+    """The rate of each step by torch's own schedule."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+    for _ in range(steps):
+        yield schedule.get_last_lr()[0]
+        optimizer.step()
+        schedule.step()
 
 
 @pytest.mark.parametrize(("batch_size", "grad_accum"), [(20, 1), (5, 4), (4, 5)])
@@ -235,6 +239,7 @@ def test_the_loop_is_adamw_with_a_linear_schedule_whatever_the_accumulation(
     oracle = plain_loop(
         config,
         [list(data.batches(run.dataset.train, 20, epoch=epoch, **wide)) for epoch in range(2)],
+        tmp_path / "oracle",
     )
     # the last epoch's tensors, not the best one's
     monkeypatch.setattr(checkpoint, "put", lambda model, tensors: None)
@@ -245,6 +250,7 @@ def test_the_loop_is_adamw_with_a_linear_schedule_whatever_the_accumulation(
     with open(tmp_path / "run" / "metrics.csv", newline="") as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
     assert rates == pytest.approx([1e-2 * (6 - step) / 6 for step in range(6)])
+    assert rates == pytest.approx([*linear_schedule(1e-2, 6)])
 
 
 def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
