@@ -43,6 +43,7 @@ from engine.config import (
     parse,
     refuse_changes,
 )
+from engine.devices import pick_device
 from engine.run import Stopped, check_folder
 
 HERE = Path(__file__).parent
@@ -347,6 +348,7 @@ def ready(config: Config, options) -> data.Dataset:
     check(config)
     check_folder(config)
     vit.check_weights(config.weights)
+    pick_device(config.device)
     dataset = data.load(*(getattr(config, key) for key in LOAD))
     check_sizes(config, len(dataset.train), dataset.test is not None)
     c, classes = config, len(dataset.classes)

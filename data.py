@@ -9,7 +9,7 @@ normalised on the GPU. Other images are cropped one by one, usually in worker pr
 device. Crops are drawn in the main process: a seed gives the same batches for any number of workers.
 
 To add a data set, write a function that takes data_dir and returns (splits, class names), and list it in
-SOURCES.
+SOURCES and in engine.config.DATASETS.
 """
 
 import csv

@@ -1,9 +1,9 @@
-"""LoRA on a Vision Transformer, nothing hidden. In a notebook, lora.py and attention.py are the cells before.
+"""LoRA on a Vision Transformer, nothing hidden. In a notebook, first paste lora.py and attention.py.
 
     python minimal.py           # a small ViT that knows clothes learns digits: no download, one minute
     python minimal.py photos    # torchvision's ViT-B/16 learns photos/train/<class>/*.jpg
 
-photos/val/<class>/*.jpg validate; if there are none, every tenth training image. TensorBoard reads runs/.
+Validation: photos/val/<class>/*.jpg or, without them, every tenth training image. TensorBoard reads runs/.
 """
 
 import gzip
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import datasets, models, transforms
 
-if "split_attention" not in globals():  # in a notebook, the cells before define these names
+if "split_attention" not in globals():  # in a notebook, the cells above define these names
     from attention import split_attention
     from lora import LoRALinear, mark_trainable, replace_linear
 
@@ -24,7 +24,7 @@ DATA = None  # a folder with train/<class>/*.jpg and val/<class>/*.jpg; None: th
 SEED, EPOCHS, BATCH, RANK, ALPHA = 0, 5, 64, 4, 32
 ASSETS = Path(globals().get("__file__", "minimal.py")).resolve().parent / "assets"
 MINI = (28, 7, 6, 4, 128, 512, 0, 0, 10)  # pixels, patch, layers, heads, width, mlp, ..., classes
-HALF = {"crop_size": 28, "resize_size": 28, "mean": [0.5] * 3, "std": [0.5] * 3}  # its images
+HALF = {"crop_size": 28, "resize_size": 28, "mean": [0.5] * 3, "std": [0.5] * 3}  # MINI's images
 
 
 def digits(folder=Path("runs/digits"), train=4000, val=2000):
@@ -53,7 +53,7 @@ def load(folder, augment, prepare):
 
 
 def train(model, epochs, val, writer, lr, weight_decay=0.03):
-    """Train what is not frozen on the batches of each epoch; return the last validation accuracy."""
+    """Train what is not frozen; epochs[i] are the batches of epoch i. Return the last accuracy on val."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
     step, steps = 0, sum(map(len, epochs))

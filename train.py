@@ -48,14 +48,6 @@ def fit(run: Run) -> dict:
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     forward = devices.Autocast(model, run.device, run.dtype)
-    if processes() > 1:  # under torchrun, each process has a share of each batch, and one GPU
-        on_gpu = run.device.type == "cuda"
-        forward = DistributedDataParallel(forward, device_ids=[run.device] if on_gpu else None)
-        if not on_gpu:
-            forward.register_comm_hook(None, devices.mean_in_order)
-    elif devices.many_gpus(run.device):
-        forward = nn.DataParallel(forward)
-
     print(
         f"{config.adapter}: {run.trainable:,} of {run.total:,} parameters train "
         f"({run.trainable / run.total:.2%}), on {len(images):,} images, {run.device}, {str(run.dtype)[6:]}",
@@ -68,6 +60,14 @@ def fit(run: Run) -> dict:
             print(f"{run.folder}: finished already, nothing is left to train")
             print(f"Validation Accuracy: {run.best['val_accuracy']:.2%}")
             return run.result | {"run_dir": str(run.folder)}
+        if processes() > 1:  # under torchrun, each process has a share of each batch, and one GPU
+            on_gpu = run.device.type == "cuda"
+            forward = DistributedDataParallel(forward, device_ids=[run.device] if on_gpu else None)
+            if not on_gpu:
+                forward.register_comm_hook(None, devices.mean_in_order)
+        elif devices.many_gpus(run.device):
+            forward = nn.DataParallel(forward)
+
         while run.epoch < config.epochs:
             model.train()
             first = run.step - run.epoch * steps  # not 0 in the first epoch after a resume

@@ -100,7 +100,7 @@ def build(
     weights: "imagenet1k" or "swag" (torchvision's, downloaded once), "in21k" (Hugging Face's, see
         find_in21k), "embedded" (vit_mini's), "none" (random, drawn from seed); or a .safetensors, .pth or
         .bin file, or a folder with model.safetensors: a ViT of torchvision, Hugging Face or timm, recognised
-        by its keys, or a run of train.py with --adapter full. Its head is not loaded.
+        by its keys, or the adapter file of a run with --adapter full. Its head is not loaded.
     image_size: side in pixels, a multiple of the patch size; None for the model's own. For another size the
         position embeddings are interpolated.
     eps: of every LayerNorm; None for the one that the weights were trained with.

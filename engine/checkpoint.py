@@ -167,15 +167,21 @@ def read_resume(path: Path, mmap: bool = False) -> dict:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        if missing := {"config", "identity", "step", "tensors"} - content.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        return content
+        missing = {"config", "identity", "step", "tensors"} - content.keys()
     except OSError:
         raise
     except Exception as error:  # wrong bytes are met with errors of any type
         if out_of_memory(error):
             raise
         raise ValueError(f"{path}: not a resume file ({first_line(error)})") from None
+    if "done" in content and "step" in missing:
+        raise ValueError(
+            f"{path}: an earlier version of this project wrote it; finish the run with that version, or name "
+            "another --out"
+        )
+    if missing:
+        raise ValueError(f"{path}: not a resume file (it has no {', '.join(sorted(missing))})")
+    return content
 
 
 def restore_resume(content: dict, model: nn.Module, optimizer, scaler) -> None:

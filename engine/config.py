@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import get_args
 
-from engine.adapt import METHODS
+from engine.adapt import ADAPT, METHODS
 
 # Data sets and trunks by name, as in data.SOURCES and vit.MODELS.
 DATASETS = "demo tiny-imagenet tiny-imagenet-official food101 cifar100 imagenet folder fashion-mnist".split()
@@ -84,17 +84,20 @@ class Config:
     def __post_init__(self):
         if self.recipe not in RECIPES:
             raise ValueError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
-        self.given = {f.name for f in fields(self) if getattr(self, f.name) is not None}
         settings = RECIPES[self.recipe]
+        self.filled = {}  # what was not given; for dataclasses.replace, everything is given
         for f in fields(self):
             value = getattr(self, f.name)
-            default = settings.get(f.name, f.metadata.get("default"))
-            setattr(self, f.name, default if value is None else converted(f, value))
+            if value is None:
+                value = self.filled[f.name] = settings.get(f.name, f.metadata.get("default"))
+            setattr(self, f.name, converted(f, value))
 
 
 def converted(f, value):
     """A given value in the type of its field: NumPy's numbers too, which JSON refuses."""
     kind = kind_of(f)
+    if value is None:
+        return None
     if isinstance(value, Path):
         return str(value)
     if kind is bool and not isinstance(value, bool):
@@ -214,9 +217,10 @@ def check_sizes(config: Config, images: int, has_test: bool) -> None:
 
 
 def hyperparameters(config: Config) -> dict:
-    """The settings that the recipe or a flag has set, without those that do not change what is learnt."""
-    keys = sorted({*RECIPES[config.recipe], *config.given} - {*FREE})
-    settings = {key: getattr(config, key) for key in keys}
+    """The settings of the recipe, the flags and --init-adapter that change what is learnt."""
+    given = {f.name for f in fields(config)} - config.filled.keys()
+    keys = {*RECIPES[config.recipe], *given, *(ADAPT if config.init_adapter else ())} - {*FREE}
+    settings = {key: getattr(config, key) for key in sorted(keys | {"weights"})}
     return {key: value for key, value in settings.items() if value is not None}
 
 

@@ -26,7 +26,7 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda" and torch.cuda.is_available():
             check_architecture(device)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:  # ImportError: hpu
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: cannot be used ({reason}); try --device cpu") from None
     return device

@@ -178,6 +178,7 @@ import train
 import vit
 from engine.adapt import ADAPT, METHODS, adapt
 from engine.config import FREE, Config
+from engine.start import begin
 
 
 def attached(*names):
@@ -204,11 +205,11 @@ else:
         settings |= {"dataset": "folder", "data_dir": "digits"}
 settings |= SETTINGS
 file = "vit_b_16-c867db91.pth"
-if Config(**settings).weights == "imagenet1k" and (folder := attached(file)):
+if begin(Config(**settings))[0].weights == "imagenet1k" and (folder := attached(file)):
     settings["weights"] = str(folder / file)
 # Decoded images do not belong into the notebook's output: a later session decodes them again.
 settings.setdefault("cache_dir", f"{tempfile.gettempdir()}/cache")
-config = Config(**settings)
+config, _, _ = begin(Config(**settings))  # with the settings of init_adapter, if that is given
 print(settings)
 """),
         code("""

@@ -51,7 +51,7 @@ class Run:
     what the script had put there before.
     """
 
-    config: Any  # with out, resume, save_minutes
+    config: Any  # with recipe, adapter, seed, epochs, out, resume, save_minutes
     dataset: Any
     model: nn.Module
     info: dict  # the metadata of the adapter file
@@ -227,9 +227,10 @@ def read_last(config) -> dict | None:
     if not config.out:
         raise ValueError("--resume: expected --out as well, the folder of the run")
     folder = Path(config.out)
-    if (folder / "last.pt").exists():
-        last = checkpoint.read_resume(folder / "last.pt")
-        return last | {"written": written_at(folder)}
+    if written := written_at(
+        folder
+    ):  # the time first: a file replaced while it is read has another one
+        return checkpoint.read_resume(folder / "last.pt") | {"written": written}
     if (folder / checkpoint.ADAPTER_FILE).exists():  # it would be overwritten
         raise ValueError(
             f"--resume: {folder} holds an adapter but no last.pt to resume from; name another folder"
@@ -258,15 +259,16 @@ def is_ours(file: Path) -> bool:
 
 def refuse_others(config, identity: dict, last: dict | None) -> None:
     """Raise ValueError if last.pt belongs to other data or another trunk than identity says."""
-    for key, now in identity.items() if last else ():
-        previous = last["identity"].get(key, now)
+    previous_identity = last["identity"] if last else identity
+    for key in {**identity, **previous_identity}:
+        previous, now = (part.get(key) for part in (previous_identity, identity))
         if previous != now:
             raise ValueError(
                 f"--resume: {config.out}/last.pt: {key} was {previous!s:.90}, is now {now!s:.90}"
             )
 
 
-def make_folder(config, last: dict | None = None) -> tuple[Path, IO]:
+def make_folder(config, last: dict | None) -> tuple[Path, IO]:
     """Make the run's folder and write config.json into it, with the versions in use.
 
     Returns the folder, and the open file, which is locked. Of several processes, the first one makes it.
@@ -286,8 +288,9 @@ def make_folder(config, last: dict | None = None) -> tuple[Path, IO]:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, mode)
             # If last.pt has changed since it was read, another process was training until just now.
-            changed = mode == "r+" and written_at(folder) != (last or {}).get("written")
-            if not lock(file) or changed:
+            if not lock(file) or (
+                mode == "r+" and written_at(folder) != (last or {}).get("written")
+            ):
                 file.close()
                 raise ValueError(busy)
             file.write(text + "\n")

@@ -30,7 +30,7 @@ class Source:
     """An adapter to start from, as its file or PEFT folder holds it."""
 
     path: str
-    settings: dict  # the fields SETTLED of Config
+    settings: dict  # fields of Config, of those in SETTLED
     tensors: dict[str, torch.Tensor]  # by our names, or by PEFT's
     classes: list[str] | None  # None: a PEFT folder without names
     images: dict  # mean, std and crop of the images it was trained on, as far as they are known
@@ -60,7 +60,7 @@ def prepare(config: Config) -> Run:
         trainable, total = adapt(model, **settings, **dropouts)
         check_rank(model, config.rank)
         if last:  # images are prepared as before, wherever the weights are now
-            preprocessing |= last["identity"]["preprocessing"]
+            preprocessing |= last["identity"].get("preprocessing", {})
         elif source:
             message, images = load_source(source, model, dataset.classes)
             preprocessing |= images
@@ -103,7 +103,7 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
     """
     last = read_last(config)
     source, settings = None, {}
-    config, given = copy.copy(config), config.given
+    config = copy.copy(config)
     if last:
         # A resumed run does not read --init-adapter again, whose file may be gone: last.pt has its settings.
         previous = last["config"]
@@ -114,7 +114,7 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
         source = read_source(config.init_adapter)
         settings = source.settings
     for key, value in settings.items():
-        if key not in given:
+        if key in config.filled and getattr(config, key) == config.filled[key]:
             setattr(config, key, value)
     check(config)
     vit.check_weights(config.weights)

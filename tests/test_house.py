@@ -17,7 +17,7 @@ from torch import nn
 import data
 import train
 import vit
-from engine import checkpoint, config, run
+from engine import checkpoint, config, run, start
 from engine.config import Config, check, parse
 from engine.run import Run, Stopped
 
@@ -263,3 +263,31 @@ def test_another_training_script_uses_folder_log_resume_and_signals(tmp_path):
     assert len(tables[0].splitlines()) == 1 + 20 + 4
     with pytest.raises(ValueError, match="holds a run already"):
         run.check_folder(Config(out=str(tmp_path / "parts")))
+
+
+def test_a_last_pt_of_another_training_script_is_refused(tmp_path, capsys):
+    Regression(tmp_path / "line").fit()
+    assert train.main(["--resume", "--out", str(tmp_path / "line"), "--limit", "20"]) == 2
+    error = capsys.readouterr().err
+    assert "--resume" in error and error.count("\n") == 1
+    flags = ["--limit", "40", "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "digits")]
+    assert train.main(flags) == 0
+    with pytest.raises(ValueError, match="points was None, is now 7"):
+        Regression(tmp_path / "digits", resume=True)
+
+
+def test_a_last_pt_of_an_earlier_version_says_so(tmp_path, capsys):
+    old = {"config": {}, "identity": {}, "tensors": {}, "done": 3}
+    torch.save(old, tmp_path / "last.pt")
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 2
+    assert "an earlier version of this project wrote it" in capsys.readouterr().err
+
+
+def test_settings_changed_after_construction_win_over_the_adapter(tmp_path):
+    file = tmp_path / "a.safetensors"
+    write_adapter(file, "loha")
+    changed = Config(init_adapter=str(file))
+    changed.targets = "query"
+    found, _, source = start.begin(changed)
+    assert (found.adapter, found.rank, found.targets) == ("loha", 2, "query")
+    assert source.settings["targets"] == "all" and changed.adapter == "lora"

@@ -269,26 +269,20 @@ def test_without_classes_in_val_every_tenth_training_image_validates(flat, tmp_p
     assert {change for change, _ in val} == {"prepared"}
 
 
+def without_cat(folder, *parts):
+    for part in parts:
+        (folder / part / "cat").rename(folder / f"{part} cat")
+
+
+SAME = "pets: train/ and val/ need the same two or more classes"
 WRONG = {  # what is done to a good folder, and what the line says
-    "no folder": (lambda folder: folder.rename(folder.with_name("moved")), "pets/train'"),
-    "no train": (lambda folder: (folder / "train").rename(folder / "training"), "pets/train'"),
-    "one class": (
-        lambda folder: (
-            [(folder / part / "cat").rename(folder / part) for part in ()]
-            or [(folder / part / "cat").rename(folder / f"{part} cat") for part in ("train", "val")]
-        ),
-        "two or more classes",
-    ),
-    "val lacks a class": (
-        lambda folder: (folder / "val" / "cat").rename(folder / "cat"),
-        "two or more classes",
-    ),
-    "val has another": (
-        lambda folder: (folder / "val" / "cat").rename(folder / "val" / "cats"),
-        "two or more classes",
-    ),
-    "val has one more": (lambda folder: (folder / "val" / "cow").mkdir(), "two or more classes"),
-    "an empty class": (lambda folder: (folder / "train" / "cow").mkdir(), "cow"),
+    "no folder": (lambda folder: folder.rename(folder.with_name("moved")), "'pets/train'"),
+    "no train": (lambda folder: (folder / "train").rename(folder / "training"), "'pets/train'"),
+    "one class": (lambda folder: without_cat(folder, "train", "val"), SAME),
+    "val has one class": (lambda folder: without_cat(folder, "val"), SAME),
+    "train has one class": (lambda folder: without_cat(folder, "train"), SAME),
+    "val has one more": (lambda folder: (folder / "val" / "cow").mkdir(), SAME),
+    "an empty class": (lambda folder: (folder / "train" / "cow").mkdir(), "classes cow."),
 }
 
 
@@ -411,20 +405,22 @@ def test_evaluate_counts_every_image_once():
 
 def test_with_gpus_every_batch_goes_through_data_parallel(small, monkeypatch):
     """No GPU is needed: what stands for DataParallel notes the batches."""
-    spies, gpu = [], pytest.MonkeyPatch()
-
-    def cuda(model):
-        gpu.undo()  # the optimizer would look for the GPU too
-        return model
+    spies = []
 
     def parallel(model):
         spies.append(Spy(model))
         return spies[-1]
 
-    gpu.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(nn.Module, "cuda", cuda)
-    monkeypatch.setattr(nn, "DataParallel", parallel)
-    minimal.main()
+    with pytest.MonkeyPatch.context() as gpu:
+
+        def cuda(model):
+            gpu.undo()  # the optimizer would look for the GPU too
+            return model
+
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(nn.Module, "cuda", cuda)
+        monkeypatch.setattr(nn, "DataParallel", parallel)
+        minimal.main()
     (spy,) = spies
     training = [(True, False, n) for n in (32, 32, 16)]
     validation = [(False, True, n) for n in (32, 8)]

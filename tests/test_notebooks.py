@@ -16,7 +16,7 @@ from trees import food101, pets, tiny_imagenet
 
 from engine import notebooks
 
-CHOICE = "config = Config(**settings)\n"  # in the cell that decides what trains
+CHOICE = "config, _, _ = begin(Config(**settings))"  # in the cell that decides what trains
 TRAINING = "Config(**settings, out=run"  # in the cell that does
 AFTERWARDS = """
 import json

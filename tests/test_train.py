@@ -512,7 +512,7 @@ def test_files_of_another_run_are_not_overwritten(name, tmp_path, capsys):
 def test_runs_that_start_in_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "strftime", lambda form: "20260101-120000")
-    folders = [make_folder(Config())[0].name for _ in range(3)]
+    folders = [make_folder(Config(), None)[0].name for _ in range(3)]
     name = "demo-lora-0-20260101-120000"
     assert folders == [name, f"{name}-2", f"{name}-3"]
 
