@@ -1,6 +1,6 @@
 """LoRA on a Vision Transformer, nothing hidden. In a notebook, first paste lora.py and attention.py.
 
-    python minimal.py           # a small ViT that knows clothes learns digits: no download, one minute
+    python minimal.py           # a small ViT trained on clothes learns digits: no download, one minute
     python minimal.py photos    # torchvision's ViT-B/16 learns photos/train/<class>/*.jpg
 
 Validation: photos/val/<class>/*.jpg or, without them, every tenth training image. TensorBoard reads runs/.
@@ -53,7 +53,7 @@ def load(folder, augment, prepare):
 
 
 def train(model, epochs, val, writer, lr, weight_decay=0.03):
-    """Train what is not frozen; epochs[i] are the batches of epoch i. Return the last accuracy on val."""
+    """Train the unfrozen parameters; epochs[i] has the batches of epoch i. Return the last val accuracy."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
     step, steps = 0, sum(map(len, epochs))
