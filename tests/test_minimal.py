@@ -160,8 +160,11 @@ def test_a_run_on_few_digits(small, seen, capsys):
     assert [rate for _, rate in shown["lr"]] == pytest.approx(rates, rel=1e-6)
     assert [step for step, _ in shown["val/accuracy"]] == [3, 6]
     assert last == f"Validation Accuracy: {shown['val/accuracy'][-1][1]:.2%}"
-    # The trunk is the one of vit.py, and stays as it is; adapters and head train.
     (call,) = seen
+    orders = [torch.cat([labels for _, labels in call["epochs"][0]]) for _ in range(2)]
+    assert not torch.equal(*orders) and torch.equal(*(order.sort()[0] for order in orders))
+    # The trunk is the one of vit.py, and stays as it is; adapters and head train.
+    assert sum(isinstance(m, LoRALinear) for m in call["model"].modules()) == 36
     trunk = dict(vit.build("vit_mini", "embedded", 10)[0].named_parameters())
     for name, p in call["model"].named_parameters():
         assert p.requires_grad == (".lora_" in name or name.startswith("heads.head")), name
