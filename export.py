@@ -23,12 +23,13 @@ from engine import checkpoint
 from engine.adapt import ADAPTERS, adapt
 from engine.config import Parser
 from engine.files import atomic, write_json
-from engine.peft_folder import endings, expected, fill, peft_key, trained, write_peft
+from engine.peft_folder import endings, fill, peft_key, trained, write_peft
 from engine.peft_vit import (
     LABELS,
     hf_names,
     labels_in,
     names_in,
+    parameters_of,
     read_vit,
     renamed,
     targets_of,
@@ -139,14 +140,10 @@ def from_peft(
         FOLDER/id2label.json or FOLDER/config.json.
     Raises OSError or ValueError, naming file and key, if a part is missing, unsupported or does not fit.
     """
-    if Path(path).exists():
-        raise ValueError(f"{path}: already exists; name another file or remove it")
-    if not Path(path).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{Path(path).parent}: no such folder; make it first")
+    check_new(Path(path))
     folder = Path(folder)
     name, layers, settings, tensors = read_vit(folder)
-    if weights and weights not in vit.NAMES:
-        weights = str(Path(weights).absolute())
+    weights = weights and vit.full_name(weights)
     info = {"model": name, "weights": weights or weights_of(folder), "seed": 0}
     info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
     saved = vit.preprocessing_in(folder)
@@ -155,12 +152,19 @@ def from_peft(
     settings = {"factor": -1, "decompose_both": False, **settings}
     settings["targets"] = targets_of(model, layers)
     adapt(model, **settings)
-    names = names_in(tensors, name)
-    fill({renamed(key, names): p for key, p in expected(model).items()}, tensors, folder)
+    fill(parameters_of(model, names_in(tensors, name)), tensors, folder)
     info |= {**settings, "trunk": checkpoint.fingerprint(model), "eps": model.encoder.ln.eps}
     info["preprocessing"] = {**preprocessing, **saved}
     checkpoint.save_adapter(path, model, info)
     return info
+
+
+def check_new(file: Path) -> None:
+    """Raise ValueError or FileNotFoundError if the file exists already, or its folder does not."""
+    if file.exists():
+        raise ValueError(f"{file}: already exists; name another file or remove it")
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
 
 
 def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
@@ -187,10 +191,7 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
     weights: the pretrained weights, if they have moved since training.
     Returns a Python expression of the model that loads the file with strict=True.
     """
-    if Path(file).exists():
-        raise ValueError(f"{file}: already exists; name another file or remove it")
-    if not Path(file).absolute().parent.is_dir():
-        raise FileNotFoundError(f"{Path(file).parent}: no such folder; make it first")
+    check_new(Path(file))
     model, info = vit.load_adapter(path, weights)
     eps, size = model.encoder.ln.eps, info["preprocessing"]["image_size"]
     state = {key: t.detach() for key, t in join_attention(merge(model)).state_dict().items()}

@@ -21,7 +21,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from attention import split_attention
 from engine import checkpoint
 from engine.adapt import ADAPT, adapt
-from engine.files import first_line, first_mismatch, optional_json, read_json, read_tensors
+from engine.files import first_line, first_mismatch, optional_json, read_tensors
 
 MODELS = {
     "vit_b_16": {
@@ -196,8 +196,7 @@ def trunk_state(model: str, weights: str) -> tuple[dict | None, dict, float]:
         default = {key: beside.get(key, value) for key, value in HALF.items()}
     eps = json.loads(metadata.get("eps", str(EPS)))  # a run with --adapter full has written it
     if layout in ("hf", "hf5"):
-        config = path.with_name("config.json")
-        eps = (read_json(config) if config.is_file() else {}).get("layer_norm_eps", HF_EPS)
+        eps = optional_json(path.with_name("config.json")).get("layer_norm_eps", HF_EPS)
     preprocessing = metadata.get("preprocessing")
     if layout:
         try:

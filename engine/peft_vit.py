@@ -10,7 +10,7 @@ from torch import nn
 
 import vit
 from engine.files import optional_json, read_json
-from engine.peft_folder import CONFIG, PREFIX, endings, ends, layers_of, read_peft
+from engine.peft_folder import CONFIG, PREFIX, endings, ends, expected, layers_of, read_peft
 
 LABELS = "id2label.json"  # not config.json, which would make transformers load a whole model
 
@@ -68,6 +68,11 @@ def read_vit(folder: Path) -> tuple[str, list[str], dict, dict[str, torch.Tensor
 def names_in(tensors: dict, model: str) -> dict[str, str]:
     """hf_names for the layout of these tensors; for the newer one if they have both."""
     return hf_names(model, "hf5" if any(key.startswith("vit.layers.") for key in tensors) else "hf")
+
+
+def parameters_of(model: nn.Module, names: dict[str, str]) -> dict[str, nn.Parameter]:
+    """The parameters of our model that train, by their keys in a PEFT folder with these names."""
+    return {renamed(key, names): p for key, p in expected(model).items()}
 
 
 def targets_of(model: nn.Module, layers: list[str]) -> str:

@@ -72,7 +72,7 @@ class Run:
     unwritten: set[str] = field(default_factory=set)  # files that could not be written
     saved: int | None = None  # the step of last.pt
 
-    KEPT = ("step", "epoch", "best", "best_tensors", "extra", "result")
+    KEPT = ("step", "epoch", "best", "best_tensors", "result")
 
     @contextmanager
     def training(self, optimizer, scaler, steps: int, columns: dict[str, str]) -> Iterator[None]:
@@ -127,6 +127,7 @@ class Run:
             return True
         rest = {
             **{key: getattr(self, key) for key in self.KEPT},
+            "extra": self.extra,
             "log": {"rows": self.log.rows, **self.meter.state()},
             "identity": self.identity,
             "config": asdict(self.config),
@@ -139,12 +140,11 @@ class Run:
     def resume(self) -> None:
         """Continue where last.pt stands."""
         last, self.last = self.last, None  # its tensors need not stay in memory
-        prepared = self.extra
         if last:
             checkpoint.restore_resume(last, self.model, self.optimizer, self.scaler)
             for key in self.KEPT:
                 setattr(self, key, last[key])
-            self.extra = last["extra"] | prepared
+            self.extra = last["extra"] | self.extra
             self.log.rows = last["log"]["rows"]
             self.meter.restore(last["log"], self.device)
             self.saved = self.step
@@ -227,9 +227,8 @@ def read_last(config) -> dict | None:
     if not config.out:
         raise ValueError("--resume: expected --out as well, the folder of the run")
     folder = Path(config.out)
-    if written := written_at(
-        folder
-    ):  # the time first: a file replaced while it is read has another one
+    # The time before the content: a file that is replaced while it is read gets another time.
+    if written := written_at(folder):
         return checkpoint.read_resume(folder / "last.pt") | {"written": written}
     if (folder / checkpoint.ADAPTER_FILE).exists():  # it would be overwritten
         raise ValueError(
@@ -287,10 +286,10 @@ def make_folder(config, last: dict | None) -> tuple[Path, IO]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = open(path, mode)
-            # If last.pt has changed since it was read, another process was training until just now.
-            if not lock(file) or (
-                mode == "r+" and written_at(folder) != (last or {}).get("written")
-            ):
+            # If last.pt has changed since it was read, another process was training until just now. Look
+            # only with the lock: before, that process may still write.
+            ours = lock(file) and (mode == "x" or written_at(folder) == (last or {}).get("written"))
+            if not ours:
                 file.close()
                 raise ValueError(busy)
             file.write(text + "\n")

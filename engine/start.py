@@ -17,8 +17,8 @@ from engine.adapt import ADAPT, adapt, check_rank
 from engine.config import Config, check, check_sizes, refuse_changes
 from engine.files import read_json
 from engine.images import keep
-from engine.peft_folder import CONFIG, expected, fill
-from engine.peft_vit import labels_in, names_in, read_vit, renamed, targets_of, weights_of
+from engine.peft_folder import CONFIG, fill
+from engine.peft_vit import labels_in, names_in, parameters_of, read_vit, targets_of, weights_of
 from engine.run import Run, check_folder, make_folder, read_last, refuse_others
 
 # The settings that an adapter brings along. A flag overrides them.
@@ -155,7 +155,7 @@ def load_source(source: Source, model: nn.Module, classes: list[str]) -> tuple[s
         own, head = dict(model.named_parameters()), "heads.head."
     else:
         names, head = names_in(source.tensors, source.settings["model"]), "classifier."
-        own = {renamed(key, names): p for key, p in expected(model).items()}
+        own = parameters_of(model, names)
     same = source.classes == classes
     if source.classes is None:
         same = len(source.tensors["classifier.weight"]) == len(classes)

@@ -167,18 +167,28 @@ def test_a_run_reads_what_it_starts_from_once(begun, tmp_path, monkeypatch, stop
     assert reads == [last if begun else ("read_adapter", str(file))]
 
 
-def test_a_last_pt_that_changes_while_a_run_starts_is_not_resumed(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("moment", ["read", "data", "lock"])
+def test_a_last_pt_that_changes_while_a_run_starts_is_not_resumed(
+    moment, tmp_path, monkeypatch, capsys
+):
     """Another process has trained in the folder until just now: its result must not be lost."""
     flags = ["--limit", "40", "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
-    last, whole = tmp_path / "run" / "last.pt", data.load
+    last = tmp_path / "run" / "last.pt"
     before = last.read_bytes()
+    module, name = {
+        "read": (checkpoint, "read_resume"),
+        "data": (data, "load"),
+        "lock": (run, "lock"),
+    }[moment]
+    whole = getattr(module, name)
 
-    def slow(*arguments):
+    def late(*arguments):
+        found = whole(*arguments) if moment == "read" else None  # replaced once it has been read
         os.utime(last, ns=(1, 1))
-        return whole(*arguments)
+        return found or whole(*arguments)
 
-    monkeypatch.setattr(data, "load", slow)
+    monkeypatch.setattr(module, name, late)
     assert train.main([*flags, "--resume", "--test"]) == 2
     assert "another process trains there" in capsys.readouterr().err
     assert last.read_bytes() == before
