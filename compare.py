@@ -32,7 +32,7 @@ import torch
 
 import data
 import vit
-from engine import checkpoint, images, pictures, report
+from engine import checkpoint, images, pictures, report, weights
 from engine.adapt import ADAPTERS, adapt, check_rank
 from engine.config import (
     Config,
@@ -347,18 +347,21 @@ def ready(config: Config, options) -> data.Dataset:
     run would refuse, now rather than an hour later."""
     check(config)
     check_folder(config)
-    vit.check_weights(config.weights)
+    weights.check_weights(config.weights)
     pick_device(config.device)
     dataset = data.load(*(getattr(config, key) for key in LOAD))
     check_sizes(config, len(dataset.train), dataset.test is not None)
     c, classes = config, len(dataset.classes)
-    model, preprocessing = vit.build(c.model, c.weights, classes, c.image_size, c.head_dropout)
+    model, preprocessing = vit.build(
+        c.model, c.weights, classes, c.image_size, c.head_dropout, heads=c.heads
+    )
     if set(options.methods) & set(ADAPTERS):
         adapt(model, "lora", max(options.ranks), targets=c.targets)
         check_rank(model, max(options.ranks))
     for split in filter(None, (dataset.train, dataset.val, dataset.test)):
         folder = c.cache_dir or Path(c.out) / "cache"
-        images.keep(split, folder, preprocessing["image_size"], c.cache, c.workers)
+        how = {"interpolation": preprocessing["interpolation"]}
+        images.keep(split, folder, preprocessing["image_size"], c.cache, c.workers, **how)
     Path(c.out).mkdir(parents=True, exist_ok=True)
     return dataset
 

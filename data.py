@@ -126,7 +126,7 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (images, labels) on the device, once through the split.
 
-    preprocessing: vit.build's dict of image_size, mean, std and crop.
+    preprocessing: vit.build's dict of image_size, mean, std, crop and interpolation.
     train: shuffle and augment, by seed and epoch. Otherwise: in order, the centre of each image.
     min_crop: the smallest random crop, as a fraction of the image's area; 1 takes the centre.
     flip: mirror each image left to right with probability one half.

@@ -4,9 +4,9 @@
     python export.py runs/x/adapter.safetensors --to torchvision FILE     # merged, for plain torchvision
     python export.py mine.safetensors --from peft FOLDER                  # also a folder that PEFT trained
 
-PEFT finds layers by name, and transformers 5 renamed a ViT's layers. So a folder holds each tensor under
-both names, and PEFT loads those that it finds. For any other model, call save_peft and load_peft of
-engine/peft_folder.py.
+A PEFT folder is for transformers' class of the trunk's family: ViT, DeiT, DINOv2, I-JEPA or CLIP. PEFT finds
+layers by name, and transformers 5 renamed them. So a folder holds each tensor under both names, and PEFT
+loads those that it finds. For any other model, call save_peft and load_peft of engine/peft_folder.py.
 """
 
 import os
@@ -20,18 +20,23 @@ from torch import nn
 import vit
 from attention import join_attention
 from engine import checkpoint
+from engine import weights as pretrained
 from engine.adapt import ADAPTERS, adapt
 from engine.config import Parser
-from engine.files import atomic, write_json
+from engine.files import atomic, optional_json, write_json
+from engine.layouts import BLOCK, LAYOUTS, renamed
 from engine.peft_folder import endings, fill, peft_key, trained, write_peft
 from engine.peft_vit import (
+    FAMILIES,
+    HEAD,
     LABELS,
+    WITH_MEAN,
+    family_of,
     hf_names,
     labels_in,
     names_in,
     parameters_of,
     read_vit,
-    renamed,
     targets_of,
     weights_of,
 )
@@ -41,75 +46,144 @@ from lora import merge
 def to_peft(
     path: str | Path, folder: str | Path, weights: str | None = None, base: str = ""
 ) -> None:
-    """Write an adapter file as a PEFT folder for Hugging Face's ViT, with class names and preprocessing.
+    """Write an adapter file as a PEFT folder for transformers, with class names and preprocessing.
 
     weights: the pretrained weights, if they have moved since training.
-    base: the Hugging Face model (name or folder) with these weights. By default google's in21k for an
-        adapter trained on it; any other weights are written to FOLDER/base.
+    base: the Hugging Face model (name or folder) with these weights. By default the name that the adapter was
+        trained on; weights from elsewhere, and at another image size, are written to FOLDER/base.
     Raises OSError or ValueError if the file cannot be read or holds no adapter.
     """
     model, info = vit.load_adapter(path, weights)
-    folder, name = Path(folder), info["model"]
+    folder, family = Path(folder), family_of(model.shape)
     if info["adapter"] not in ADAPTERS:
         raise ValueError(
             f"{path}: adapter: expected one of {', '.join(ADAPTERS)}, found {info['adapter']!r}; for "
             "other kinds, use --to torchvision"
         )
-    if not base and info["weights"] == "in21k" and info["preprocessing"]["image_size"] == 224:
-        base = vit.IN21K
     tensors, adapters = trained(model, "heads.head")
+    swiglu = model.shape.get("activation") == "swiglu"
+    if swiglu and any(name.endswith("mlp.0") for name in adapters):
+        raise ValueError(
+            f"{path}: mlp.0 of a SwiGLU is two layers in transformers: adapt query, key, value, out, mlp.3"
+        )
+    base = base or hub_base(info, family)
+    head = {key: tensors.pop(key) for key in list(tensors) if key.startswith("heads.head.")}
+    if family in WITH_MEAN and model.shape.get("pool", "class") == "class":
+        W = head["heads.head.weight"]
+        # transformers' head also reads the mean of the patches: not ours.
+        head["heads.head.weight"] = torch.cat([W, torch.zeros_like(W)], 1)
+    apart = family == "clip_vision_model"  # it has no classifier
+    wrapped = {*adapters, *(f"{name}.linear" for name in adapters)}
+    modules = [name for name, _ in model.named_modules() if name not in wrapped]
     renamed_tensors, targets, others = {}, [], ["vit.pooler.dense"]
-    for layout in ("hf", "hf5"):
-        names = hf_names(name, layout)
-        renamed_tensors |= {renamed(key, names): tensor.clone() for key, tensor in tensors.items()}
-        targets += [names[layer] for layer in adapters]
-        others += [theirs for ours, theirs in names.items() if ours not in adapters]
+    for names in hf_names(family):
+        part = tensors if apart else tensors | head
+        renamed_tensors |= {renamed(key, names): tensor.clone() for key, tensor in part.items()}
+        targets += [renamed(layer, names) for layer in adapters]
+        others += filter(None, (renamed(name, names) for name in modules))
     location = base or str((folder / "base").absolute())
-    config = hf_config(info, model.encoder.ln.eps)
+    config = hf_config(info, model.shape, family)
 
     def write_extras() -> None:
         write_json(folder / LABELS, config["id2label"])
         write_json(folder / "preprocessor_config.json", hf_preprocessing(info["preprocessing"]))
+        if apart:
+            content = {key.replace("heads.head", "classifier"): t for key, t in head.items()}
+            with atomic(folder / HEAD) as temporary:
+                temporary.write_bytes(save(content, {"format": "pt"}))
         if not base:
             (folder / "base").mkdir(exist_ok=True)
             write_json(folder / "base" / "config.json", config)
             with atomic(folder / "base" / "model.safetensors") as temporary:
-                temporary.write_bytes(save(hf_trunk(model, name), {"format": "pt"}))
+                temporary.write_bytes(save(hf_trunk(model, family), {"format": "pt"}))
 
-    ends = endings(targets, others)
-    write_peft(folder, info, ends, ["classifier"], renamed_tensors, location, write_extras)
+    ends, heads = endings(targets, others), [] if apart else ["classifier"]
+    write_peft(folder, info, ends, heads, renamed_tensors, location, write_extras)
 
 
-def hf_trunk(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The frozen trunk's tensors under Hugging Face's names."""
-    names = hf_names(name, "hf")
+def hub_base(info: dict, family: str) -> str:
+    """The name on Hugging Face that transformers loads as this trunk; "" if there is none."""
+    name = pretrained.IN21K if info["weights"] == "in21k" else info["weights"]
+    if not pretrained.is_hub_name(name):
+        return ""
+    config = {"model_type": "vit", "image_size": 224} if name == pretrained.IN21K else {}
+    config |= optional_json(pretrained.find(name).with_name("config.json"))
+    # At another size, transformers would interpolate the positions in its own way.
+    same = config.get("image_size") == info["preprocessing"]["image_size"]
+    return name if same and config.get("model_type") == family else ""
+
+
+def hf_trunk(model: nn.Module, family: str) -> dict[str, torch.Tensor]:
+    """The frozen trunk's tensors under the names that the family has in files."""
+    prefix, layout = FAMILIES[family][0]
+    layout = "dinov2-swiglu" if model.shape.get("activation") == "swiglu" else layout
     adapters = {n for n, m in model.named_modules() if hasattr(m, "delta_weight")}
-    keys = {
-        n: peft_key(n, adapters).replace(".base_layer.", ".") for n, _ in model.named_parameters()
+    state = {
+        peft_key(name, adapters).replace(".base_layer.", "."): p.detach()
+        for name, p in model.named_parameters()
+        if name.rpartition(".")[0] not in adapters and not name.startswith("heads.")
     }
-    return {
-        renamed(keys[n], names): p.detach().contiguous()
-        for n, p in model.named_parameters()
-        if n.rpartition(".")[0] not in adapters and not n.startswith("heads.")
-    }
+    tokens, positions = state.pop("class_token"), state["encoder.pos_embedding"]
+    extra = {}
+    if family != "ijepa":  # which has no tokens but the patches'
+        state["class_token"] = tokens[:, :1]
+    if family == "deit":
+        state["distillation"] = tokens[:, 1:]
+    if family in WITH_MEAN:
+        n = tokens.shape[1]
+        state["registers"] = tokens[:, 1:] + positions[:, 1:n]
+        state["encoder.pos_embedding"] = torch.cat([positions[:, :1], positions[:, n:]], 1)
+        extra[f"{prefix}embeddings.mask_token"] = tokens.new_zeros(1, tokens.shape[2])
+        for i in range(model.shape["num_layers"]):
+            for place in ("dropout.gamma", "mlp.4.gamma"):
+                state.setdefault(BLOCK.replace("{}", str(i)) + place, torch.ones_like(tokens[0, 0]))
+    if family == "dinov2":
+        del state["registers"]
+    if family == "clip_vision_model":
+        state["class_token"] = tokens.flatten()
+        state["encoder.pos_embedding"] = positions[0]
+        del state["conv_proj.bias"]  # zeros: CLIP has none
+    names = LAYOUTS[layout]
+    return {prefix + renamed(k, names): t.contiguous() for k, t in state.items()} | extra
 
 
-def hf_config(info: dict, eps: float) -> dict:
-    """The content of config.json for Hugging Face's ViTForImageClassification."""
-    shape, classes = vit.MODELS[info["model"]], info["classes"]
-    return {
-        "model_type": "vit",
-        "architectures": ["ViTForImageClassification"],
+CLASSES = {  # of transformers, for each model_type
+    "vit": "ViTForImageClassification",
+    "deit": "DeiTForImageClassification",
+    "ijepa": "IJepaForImageClassification",
+    "dinov2": "Dinov2ForImageClassification",
+    "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
+    "clip_vision_model": "CLIPVisionModel",
+}
+
+
+def hf_config(info: dict, shape: dict, family: str) -> dict:
+    """The content of config.json for a family's class in transformers."""
+    classes, activation = info["classes"], shape.get("activation", "gelu")
+    config = {
+        "model_type": family,
+        "architectures": [CLASSES[family]],
         "hidden_size": shape["hidden_dim"],
         "num_hidden_layers": shape["num_layers"],
         "num_attention_heads": shape["num_heads"],
         "intermediate_size": shape["mlp_dim"],
         "image_size": info["preprocessing"]["image_size"],
         "patch_size": shape["patch_size"],
-        "layer_norm_eps": eps,
+        "layer_norm_eps": shape.get("eps", 1e-6),
+        "hidden_act": "gelu" if activation == "swiglu" else activation,
         "id2label": {str(i): name for i, name in enumerate(classes)},
         "label2id": {name: i for i, name in enumerate(classes)},
     }
+    if family in WITH_MEAN:
+        width, mlp, swiglu = shape["hidden_dim"], shape["mlp_dim"], activation == "swiglu"
+        # With SwiGLU, transformers takes two thirds of the width, rounded up to a multiple of 8.
+        made = {n: (n * width * 2 // 3 + 7) // 8 * 8 if swiglu else n * width for n in range(1, 17)}
+        ratio = next((n for n in made if made[n] == mlp), None)
+        if ratio is None:
+            raise ValueError(f"mlp_dim {mlp}: transformers' DINOv2 has none of this width")
+        config |= {"mlp_ratio": ratio, "use_swiglu_ffn": swiglu, "qkv_bias": True}
+        config["num_register_tokens"] = shape.get("prefix_tokens", 1) - 1
+    return config
 
 
 def hf_preprocessing(preprocessing: dict) -> dict:
@@ -120,9 +194,10 @@ def hf_preprocessing(preprocessing: dict) -> dict:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": round(size / preprocessing["crop"])},
-        "resample": 2,  # bilinear
+        "resample": 3 if preprocessing.get("interpolation") == "bicubic" else 2,  # PIL's numbers
         "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
+        "crop_pct": preprocessing["crop"],  # exact, where size is rounded
         "do_rescale": True,
         "do_normalize": True,
         "image_mean": preprocessing["mean"],
@@ -133,7 +208,7 @@ def hf_preprocessing(preprocessing: dict) -> dict:
 def from_peft(
     folder: str | Path, path: str | Path, weights: str | None = None, classes: str | None = None
 ) -> dict:
-    """Write the adapter of a PEFT folder for Hugging Face's ViT as an adapter file; return its metadata.
+    """Write the adapter of a PEFT folder for transformers as an adapter file; return its metadata.
 
     weights: the pretrained weights, a name or a file. By default, base_model_name_or_path names them.
     classes: comma-separated names, or a file with one per line. By default those of
@@ -142,18 +217,17 @@ def from_peft(
     """
     check_new(Path(path))
     folder = Path(folder)
-    name, layers, settings, tensors = read_vit(folder)
-    weights = weights and vit.full_name(weights)
-    info = {"model": name, "weights": weights or weights_of(folder), "seed": 0}
+    layers, settings, tensors, shape = read_vit(folder)
+    info = {"weights": pretrained.full_name(weights) if weights else weights_of(folder), "seed": 0}
     info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
-    saved = vit.preprocessing_in(folder)
+    saved = pretrained.preprocessing_in(folder)
     size = saved.get("image_size")
-    model, preprocessing = vit.build(name, info["weights"], len(info["classes"]), size)
+    model, preprocessing = vit.build(shape, info["weights"], len(info["classes"]), size)
     settings = {"factor": -1, "decompose_both": False, **settings}
     settings["targets"] = targets_of(model, layers)
     adapt(model, **settings)
-    fill(parameters_of(model, names_in(tensors, name)), tensors, folder)
-    info |= {**settings, "trunk": checkpoint.fingerprint(model), "eps": model.encoder.ln.eps}
+    fill(parameters_of(model, names_in(tensors)), tensors, folder)
+    info |= {**settings, "trunk": checkpoint.fingerprint(model), "shape": model.shape}
     info["preprocessing"] = {**preprocessing, **saved}
     checkpoint.save_adapter(path, model, info)
     return info
@@ -190,11 +264,19 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
     file: in safetensors' format if its name ends in .safetensors, otherwise in torch.save's.
     weights: the pretrained weights, if they have moved since training.
     Returns a Python expression of the model that loads the file with strict=True.
+    Raises ValueError, also for a trunk that torchvision's class as it is cannot hold.
     """
     check_new(Path(file))
     model, info = vit.load_adapter(path, weights)
-    eps, size = model.encoder.ln.eps, info["preprocessing"]["image_size"]
-    state = {key: t.detach() for key, t in join_attention(merge(model)).state_dict().items()}
+    shape = model.shape
+    for key, plain in PLAIN.items():
+        if shape.get(key, plain) != plain:
+            raise ValueError(
+                f"{path}: {key}: torchvision's own VisionTransformer expects {plain!r}, this trunk has "
+                f"{shape[key]!r}; load it with vit.load_adapter, or use --to peft"
+            )
+    merged = fold_layer_scale(merge(model))
+    state = {key: t.detach() for key, t in join_attention(merged).state_dict().items()}
     with atomic(Path(file)) as temporary:
         if Path(file).suffix == ".safetensors":
             temporary.write_bytes(save(state, {"format": "pt"}))
@@ -202,15 +284,33 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
             # Not torch.save(state, path): it would raise RuntimeError where open raises OSError.
             with open(temporary, "wb") as stream:
                 torch.save(state, stream)
-    arguments = [f"num_classes={len(info['classes'])}"]
-    if eps != vit.EPS:  # a state dict does not store it
+    size, arguments = info["preprocessing"]["image_size"], [f"num_classes={len(info['classes'])}"]
+    if (eps := model.encoder.ln.eps) != 1e-6:  # a state dict does not store it
         arguments.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps})")
-    if info["model"] == "vit_b_16":
-        arguments += [f"image_size={size}"] if size != 224 else []
-        return f"torchvision.models.vit_b_16({', '.join(arguments)})"
-    shape = {**vit.MODELS[info["model"]], "image_size": size}
-    arguments = [f"{key}={value}" for key, value in shape.items()] + arguments
+    columns = {key: shape[key] for key in vit.COLUMNS} | {"image_size": size}
+    for name in vit.MODELS:
+        if name != "vit_mini" and {**vit.named_shape(name), "image_size": size} == columns:
+            arguments += [f"image_size={size}"] if size != 224 else []
+            return f"torchvision.models.{name}({', '.join(arguments)})"
+    arguments = [f"{key}={value}" for key, value in columns.items()] + arguments
     return f"torchvision.models.VisionTransformer({', '.join(arguments)})"
+
+
+# What torchvision's own class computes.
+PLAIN = {"prefix_tokens": 1, "pre_norm": False, "activation": "gelu", "pool": "class"}
+
+
+@torch.no_grad()
+def fold_layer_scale(model: nn.Module) -> nn.Module:
+    """Multiply each LayerScale into the linear layer before it, in place; return the model."""
+    for block in model.encoder.layers:
+        if isinstance(block.dropout, vit.LayerScale):
+            layers = (block.self_attention.out, block.mlp[3])
+            for scale, layer in zip((block.dropout, block.mlp[4]), layers, strict=True):
+                layer.weight.mul_(scale.gamma[:, None])
+                layer.bias.mul_(scale.gamma)
+            block.dropout, block.mlp[4] = nn.Identity(), nn.Identity()
+    return model
 
 
 def run(argv: list[str] | None) -> None:

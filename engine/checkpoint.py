@@ -2,9 +2,8 @@
 
 adapter.safetensors holds the trained tensors (adapter, head, biases; with --adapter full the whole model)
 under their names in the model. Its metadata holds what rebuilds the model around them: adapter, rank, alpha,
-targets and the other arguments of adapt; model and weights, the arguments of vit.build; trunk, a hash of the
-frozen tensors; eps of the LayerNorms; classes; preprocessing. Metadata is text: every value except TEXTS is
-written as JSON.
+targets and the other arguments of adapt; shape and weights, the arguments of vit.build; trunk, a hash of the
+frozen tensors; classes; preprocessing. Metadata is text: every value except TEXTS is written as JSON.
 
 last.pt holds a run between two steps: trained tensors, optimizer, loss scaler, random generators, and what
 the run adds. It is read without unpickling objects.
@@ -27,7 +26,7 @@ from engine.files import atomic, first_line, first_mismatch, read_tensors
 
 ADAPTER_FILE = "adapter.safetensors"  # in a run's folder
 TEXTS = ("adapter", "bias", "model", "weights", "trunk")
-NEEDED = (*ADAPT, "model", "weights", "seed", "trunk", "classes", "preprocessing")
+NEEDED = (*ADAPT, "weights", "seed", "trunk", "classes", "preprocessing")
 
 
 def fingerprint(model: nn.Module) -> str:

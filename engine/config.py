@@ -15,7 +15,7 @@ from engine.adapt import ADAPT, METHODS
 
 # Data sets and trunks by name, as in data.SOURCES and vit.MODELS.
 DATASETS = "demo tiny-imagenet tiny-imagenet-official food101 cifar100 imagenet folder fashion-mnist".split()
-MODELS = ("vit_b_16", "vit_mini")
+MODELS = "vit_b_16 vit_b_32 vit_l_16 vit_l_32 vit_h_14 vit_mini".split()
 
 
 def option(default, help: str, choices=None):
@@ -41,9 +41,16 @@ class Config:
     )
     min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: no crops")
     flip: bool = option(True, "mirror training images at random")
-    model: str = option("vit_b_16", "trunk", MODELS)
     weights: str = option(
-        "imagenet1k", "imagenet1k, swag, in21k, embedded, none, a file or a folder"
+        "imagenet1k",
+        "any plain ViT: OWNER/NAME on Hugging Face, a file, a folder, or one of imagenet1k, swag, in21k, "
+        "embedded, none",
+    )
+    model: str | None = option(
+        None, "the ViT of --weights imagenet1k, swag and none (default: vit_b_16)", MODELS
+    )
+    heads: int | None = option(
+        None, "attention heads, where the weights and the files beside them do not say it"
     )
     image_size: int | None = option(None, "side of the images in pixels (default: the trunk's)")
     adapter: str = option("lora", "what trains", METHODS)
@@ -68,6 +75,9 @@ class Config:
     grad_accum: int = option(1, "batches per optimizer step")
     lr: float = option(1e-3, "learning rate of the first step; it falls linearly to zero")
     weight_decay: float = option(0.01, "AdamW's weight decay")
+    recompute: bool = option(
+        False, "run each block again in backward, and keep less for it: slower, less memory"
+    )
     amp: str = option("auto", "mixed precision", ("auto", "bf16", "fp16", "off"))
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     workers: int | None = option(None, "processes that decode images (default: one per core)")
@@ -91,6 +101,8 @@ class Config:
             if value is None:
                 value = self.filled[f.name] = settings.get(f.name, f.metadata.get("default"))
             setattr(self, f.name, converted(f, value))
+        if "model" in self.filled and self.weights != "none":
+            self.model = None  # a recipe names it for random weights alone
 
 
 def converted(f, value):
@@ -112,7 +124,6 @@ def converted(f, value):
 
 FOOD101 = {  # shared by its three recipes
     "dataset": "food101",
-    "model": "vit_b_16",
     "weights": "in21k",
     "rank": 16,
     "alpha": 16.0,
@@ -139,7 +150,6 @@ RECIPES = {
     },
     "tiny-imagenet-lora": {
         "dataset": "tiny-imagenet",
-        "model": "vit_b_16",
         "weights": "imagenet1k",
         "adapter": "lora",
         "rank": 4,
@@ -166,21 +176,23 @@ RECIPES = {
 
 # What a resumed run may change: it does not change what is learnt, or it is compared elsewhere (the trunk).
 FREE = (
-    "recipe data_dir weights download device workers cache_dir test out resume save_minutes".split()
-)
+    "recipe data_dir weights model download recompute device workers cache_dir test out resume "
+    "save_minutes"
+).split()
 
 
 def check(config: Config) -> None:
     """Raise ValueError in one line, with flag, value and what is allowed, for a value that cannot work."""
     for f in fields(config):
         value, choices = getattr(config, f.name), f.metadata.get("choices")
-        if choices and value not in choices:
+        if choices and value not in (*choices, f.metadata["default"]):
             raise ValueError(f"{flag(f.name)} {value}: expected one of {', '.join(choices)}")
     limits = {
         "rank >= 1": config.rank >= 1,
         "alpha > 0": 0 < config.alpha < math.inf,
         "factor -1 or >= 1": config.factor == -1 or config.factor >= 1,
         "image_size >= 1": config.image_size is None or config.image_size >= 1,
+        "heads >= 1": config.heads is None or config.heads >= 1,
         "epochs >= 1": config.epochs >= 1,
         "batch_size >= 1": config.batch_size >= 1,
         "grad_accum >= 1": config.grad_accum >= 1,

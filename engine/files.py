@@ -80,6 +80,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(
             f"{path}: expected a state dict (names and tensors), found {type(state).__name__}"
         )
+    for key in ("model", "state_dict"):  # as in files of Facebook's and of many training scripts
+        state = state[key] if isinstance(state.get(key), dict) else state
     for key, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(

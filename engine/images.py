@@ -32,6 +32,7 @@ from engine.files import atomic, remove_temporaries
 
 SMALL = 96  # pixels: images with sides up to this are always kept
 ORIENTATION = 0x0112  # the EXIF tag
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 @dataclass
@@ -71,6 +72,8 @@ class Crops(TorchDataset):
     ):
         self.split, self.min_crop, self.flip = split, min_crop, flip
         self.size, self.centre = preprocessing["image_size"], preprocessing["crop"]
+        # Adapter files of older versions do not name their filter, which was bilinear.
+        self.interpolation = preprocessing.get("interpolation", "bilinear")
         mean, std = (255 * torch.tensor(preprocessing[key]) for key in ("mean", "std"))
         self.scale, self.shift = 1 / std, -mean / std
 
@@ -89,7 +92,7 @@ class Crops(TorchDataset):
         if self.split.pixels is not None:
             pixels = self.split.pixels[row]
             box, flip = self.box(draws, *pixels.shape[:2])
-            return resize_crop(pixels, box, flip, self.size)
+            return resize_crop(pixels, box, flip, self.size, self.interpolation)
         try:
             with opened(self.split.files[row]) as image:
                 if image.format == "JPEG":
@@ -112,12 +115,12 @@ class Crops(TorchDataset):
             share = image.width / width
             left, top, wide, high = (side * share for side in box)
             right, bottom = min(left + wide, image.width), min(top + high, image.height)
-            target = self.size, self.size
-            image = image.resize(target, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+            target, pil_filter = (self.size, self.size), FILTERS[self.interpolation]
+            image = image.resize(target, pil_filter, box=(left, top, right, bottom))
             box = 0, 0, *target
         left, top, wide, high = box
         pixels = np.array(image.crop((left, top, left + wide, top + high)))
-        return resize_crop(pixels, (0, 0, wide, high), flip, self.size)
+        return resize_crop(pixels, (0, 0, wide, high), flip, self.size, self.interpolation)
 
     def readable(self, request: tuple) -> torch.Tensor:
         """The crop, of the next readable image if this one cannot be read."""
@@ -150,7 +153,10 @@ class Crops(TorchDataset):
         if device.type == "cuda":
             images = images.pin_memory()
         images = self.normalise(images.to(device, non_blocking=device.type == "cuda"))
-        return resize(images, boxes.to(device), flips.to(device), self.size)
+        limits = torch.stack([self.shift, 255 * self.scale + self.shift])  # what 0 and 255 become
+        black, white = limits.view(2, 3, 1, 1).to(device)
+        boxes, flips = boxes.to(device), flips.to(device)
+        return resize(images, boxes, flips, self.size, self.interpolation, black, white)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), of mean 0 and deviation 1; memory: channels last."""
@@ -201,39 +207,66 @@ def fit_box(box: list[float], width: int, height: int) -> tuple[int, int, int, i
     return min(round(box[0]), width - wide), min(round(box[1]), height - high), wide, high
 
 
-def resize_crop(pixels: np.ndarray, box: tuple, flip: bool, size: int) -> torch.Tensor:
-    """A resized crop of one image, uint8 (H, W, 3) -> (size, size, 3), with PIL's bilinear filter."""
+def resize_crop(
+    pixels: np.ndarray, box: tuple, flip: bool, size: int, interpolation: str = "bilinear"
+) -> torch.Tensor:
+    """A resized crop of one image, uint8 (H, W, 3) -> (size, size, 3), with PIL's filter of this name."""
     left, top, wide, high = box
     crop = torch.from_numpy(pixels[top : top + high, left : left + wide])[None]
     crop = (crop.flip(2) if flip else crop).permute(0, 3, 1, 2)  # channels last: twice as fast
-    crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
+    crop = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)
     return crop[0].permute(1, 2, 0)
 
 
-def resize(images: torch.Tensor, boxes: torch.Tensor, flips: torch.Tensor, size: int):
+def resize(
+    images: torch.Tensor,
+    boxes: torch.Tensor,
+    flips: torch.Tensor,
+    size: int,
+    interpolation: str = "bilinear",
+    black: torch.Tensor | float = 0.0,
+    white: torch.Tensor | float = 255.0,
+) -> torch.Tensor:
     """Resized crops of a batch, each image with its own box: (B, C, H, W) -> (B, C, size, size).
 
     Resizing is linear: one matrix of weights multiplies the rows and one the columns, and reversing the
-    second one flips. The weights are those of PIL's bilinear filter, which averages where it shrinks.
+    second one flips. The weights are those of PIL's filters, which average where they shrink.
     boxes: (4, B), left, top, width, height in pixels.
+    black, white: the values of black and white pixels; tensors (C, 1, 1) if channels differ. Bicubic weights
+        may be negative, so an edge can come out darker than black or lighter than white; it is clamped.
     """
     left, top, wide, high = boxes.to(images.dtype)
-    down = resize_matrix(top, high, images.shape[-2], size)  # (B, size, H)
-    across = resize_matrix(left, wide, images.shape[-1], size)  # (B, size, W)
+    down = resize_matrix(top, high, images.shape[-2], size, interpolation)  # (B, size, H)
+    across = resize_matrix(left, wide, images.shape[-1], size, interpolation)  # (B, size, W)
     across = torch.where(flips[:, None, None], across.flip(1), across)
-    return down[:, None] @ images @ across[:, None].mT
+    if interpolation == "bilinear":
+        return down[:, None] @ images @ across[:, None].mT
+    # PIL stores the rows that it resized as 0..255 before it resizes the columns: it clamps twice.
+    rows = (images @ across[:, None].mT).clamp_(black, white)  # (B, C, H, size)
+    return (down[:, None] @ rows).clamp_(black, white)
 
 
-def resize_matrix(start: torch.Tensor, length: torch.Tensor, pixels: int, size: int):
+def resize_matrix(
+    start: torch.Tensor, length: torch.Tensor, pixels: int, size: int, interpolation: str
+) -> torch.Tensor:
     """Weights (B, size, pixels): each of the size outputs is a weighted mean of the box's pixels."""
     step = (length / size)[:, None]  # (B, 1) input pixels for one output
     centre = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * step
     place = torch.arange(pixels, device=start.device) + 0.5
-    weights = 1 - (place - centre[..., None]).abs() / step.clamp(min=1)[..., None]
+    distance = (place - centre[..., None]).abs() / step.clamp(min=1)[..., None]
+    weights = bicubic(distance) if interpolation == "bicubic" else (1 - distance).clamp(min=0)
     end = (start + length)[:, None]
     inside = (place > start[:, None]) & (place < end)  # pixels outside of the crop do not count
-    weights = weights.clamp(min=0) * inside[:, None]
+    weights = weights * inside[:, None]
     return weights / weights.sum(-1, keepdim=True)
+
+
+def bicubic(distance: torch.Tensor) -> torch.Tensor:
+    """The weight of a pixel at this distance (>= 0) from the output: Keys' cubic with a = -0.5, as in PIL."""
+    distance = distance.clamp(max=2)  # where the weight is 0
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = -0.5 * (distance - 1) * (distance - 2) ** 2
+    return torch.where(distance < 1, near, far)
 
 
 @contextmanager
@@ -319,6 +352,7 @@ def keep(
     cache: bool = False,
     workers: int | None = None,
     small: bool | None = None,
+    interpolation: str = "bilinear",
 ) -> None:
     """Decode a split into one file in the folder, or reuse that file, and set split.pixels.
 
@@ -329,6 +363,7 @@ def keep(
     size: side of the model's images in pixels; the shorter side of kept larger images is 256 / 224 of it.
     workers: processes that decode; None means one per usable core.
     small: whether the images are small; None judges by the first one.
+    interpolation: the filter that resizes larger images, bilinear or bicubic: that of the pretrained weights.
 
     Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
@@ -339,13 +374,13 @@ def keep(
     if not small and not cache:
         return
     side = None if small else round(size * 256 / 224)
-    whole = Whole(split.files, side, blank=first if small else (1, 1))
+    whole = Whole(split.files, side, blank=first if small else (1, 1), interpolation=interpolation)
     source = Path(folder) / f"{whole.name()}.pixels"
     try:
         index = read_index(source, whole) or write_pixels(source, whole, workers)
     except TooLarge:  # for example a photograph among icons
         if cache:
-            keep(split, folder, size, True, workers, small=False)
+            keep(split, folder, size, True, workers, small=False, interpolation=interpolation)
         return
     except OSError as error:
         fallback = "they are kept in memory" if small else "they are decoded in each epoch"
@@ -375,10 +410,18 @@ class Whole(TorchDataset):
 
     side: None leaves images as they are, and raises TooLarge if one is not small.
     blank: width and height of the black image that replaces an unreadable one.
+    interpolation: the filter that resizes, bilinear or bicubic.
     """
 
-    def __init__(self, files: list[str], side: int | None, blank: tuple[int, int]):
+    def __init__(
+        self,
+        files: list[str],
+        side: int | None,
+        blank: tuple[int, int],
+        interpolation: str = "bilinear",
+    ):
         self.files, self.side, self.blank = files, side, blank
+        self.interpolation = interpolation
 
     def __len__(self) -> int:
         return len(self.files)
@@ -398,7 +441,7 @@ class Whole(TorchDataset):
         if self.side and min(image.size) > self.side:
             share = self.side / min(image.size)
             wide, high = (max(self.side, round(length * share)) for length in image.size)
-            image = image.resize((wide, high), Image.Resampling.BILINEAR)
+            image = image.resize((wide, high), FILTERS[self.interpolation])
         return np.array(image)
 
     def collate(self, images: list) -> tuple[np.ndarray, list, list]:
@@ -428,8 +471,11 @@ class Whole(TorchDataset):
         return {"sizes": sizes, "bad": {str(row): e for row, e in enumerate(errors) if e}}
 
     def name(self) -> str:
-        """The name of the file for these paths and this side."""
-        text = "\n".join([str(self.side), *map(os.path.abspath, self.files)])
+        """The name of the file for these paths, this side and, where images are resized, this filter."""
+        side = str(self.side)
+        if self.side and self.interpolation != "bilinear":  # whose files are named as before
+            side += f" {self.interpolation}"
+        text = "\n".join([side, *map(os.path.abspath, self.files)])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
     def identity(self) -> str:

@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file, save
 
 import data
-import vit
+from engine import weights
 
 HERE = Path(__file__).parent.parent
 ENGINE = (
-    "__init__ files images devices adapt checkpoint peft_folder peft_vit pictures config run start"
+    "__init__ files layouts weights images devices adapt checkpoint peft_folder peft_vit pictures "
 )
+ENGINE += "config run start"
 MODULES = "lora loha lokr attention vit data".split()
 MODULES += [*(f"engine/{name}" for name in ENGINE.split()), "train", "predict"]
 LARGEST = 1_000_000  # bytes: Kaggle does not save a notebook of more than 1 MB
@@ -64,7 +65,7 @@ def demo() -> str:
     float16. An image has eight greys. bz2, because different versions of zlib write different bytes.
     """
     tensors = {}
-    for name, weight in load_file(vit.EMBEDDED).items():
+    for name, weight in load_file(weights.EMBEDDED).items():
         if name.startswith("heads."):
             continue
         if name.endswith("weight") and weight.ndim > 1:
@@ -138,6 +139,7 @@ weight has one of seven values and a pixel one of eight greys: three bits each.
             """
 import base64
 import bz2
+import json
 
 import PIL.Image
 from safetensors.torch import load, save_file
@@ -156,7 +158,9 @@ for part in ("train", "val"):
 
 steps = {name: packed.pop(name) for name in [*packed] if name.endswith(".step")}
 trunk = {name: t.float() * steps.get(f"{name}.step", 1) for name, t in packed.items()}
-save_file(trunk, "trunk.safetensors")
+images = {"image_size": 28, "mean": [0.5] * 3, "std": [0.5] * 3, "crop": 1.0}
+metadata = {"preprocessing": json.dumps(images), "shape": json.dumps({"num_heads": 4})}
+save_file(trunk, "trunk.safetensors", metadata)
 print(f"trunk.safetensors: {sum(t.numel() for t in trunk.values()):,} weights")
 print(f"digits: {len(list(Path('digits').glob('*/*/*.png'))):,} images")
 """,
@@ -243,8 +247,8 @@ last layer, which names the classes, trains as well. `head` is the head alone, `
 import torch
 
 for adapter in METHODS:
-    with torch.device("meta"):  # shapes without numbers: enough to count
-        model, _ = vit.build(config.model, "none", len(dataset.classes))
+    classes = len(dataset.classes)
+    model, _ = vit.build(config.model, config.weights, classes, config.image_size, heads=config.heads)
     arguments = {key: getattr(config, key) for key in ADAPT}
     trainable, total = adapt(model, **(arguments | {"adapter": adapter}))
     print(f"{adapter}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")

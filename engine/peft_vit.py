@@ -1,6 +1,7 @@
-"""PEFT folders of Hugging Face's ViT: their layer names, pretrained weights and class names.
+"""PEFT folders of transformers' Vision Transformers: their layer names, base models and class names.
 
-PEFT finds layers by name, and transformers 5 renamed a ViT's layers: "hf5" are the new names, "hf" the old.
+PEFT finds layers by name. transformers has a class for each family, and transformers 5 renamed the layers of
+most: so each family has two tables of names, the older and the newer one.
 """
 
 from pathlib import Path
@@ -8,66 +9,124 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import vit
-from engine.files import optional_json, read_json
-from engine.peft_folder import CONFIG, PREFIX, endings, ends, expected, layers_of, read_peft
+from engine import weights
+from engine.files import optional_json, read_json, read_tensors
+from engine.layouts import LAYOUTS, renamed
+from engine.peft_folder import CONFIG, PREFIX, endings, expected, layers_of, read_peft
 
 LABELS = "id2label.json"  # not config.json, which would make transformers load a whole model
+HEAD = "head.safetensors"  # of CLIPVisionModel, which has no place for it
+FAMILIES = {  # transformers' model_type: what stands before its names, and their layouts
+    "vit": [("vit.", "vit"), ("vit.", "vit5")],
+    "deit": [("deit.", "vit"), ("deit.", "vit5")],
+    "ijepa": [("ijepa.", "vit"), ("ijepa.", "vit5")],
+    "dinov2": [("dinov2.", "dinov2"), ("dinov2.", "dinov2-5")],
+    "dinov2_with_registers": [
+        ("dinov2_with_registers.", "dinov2"),
+        ("dinov2_with_registers.", "dinov2-5"),
+    ],
+    "clip_vision_model": [("vision_model.", "clip"), ("", "clip")],
+}
+# Two of them, DINOv2's, give the head the class token and the mean of the patches, one after the other.
+WITH_MEAN = ("dinov2", "dinov2_with_registers")
 
 
-def hf_names(model: str, layout: str) -> dict[str, str]:
-    """From our names of a ViT's modules to those in Hugging Face's ViTForImageClassification."""
-    names = {ours: f"vit.{theirs}" for ours, theirs in vit.names(model, layout).items()}
-    return {**names, "heads.head": "classifier"}
+def family_of(shape: dict) -> str:
+    """The model_type of transformers' class that computes the same as a trunk of this shape.
+
+    Raises ValueError if there is none.
+    """
+    tokens, pool = shape.get("prefix_tokens", 1), shape.get("pool", "class")
+    scaled, swiglu = shape.get("layer_scale", False), shape.get("activation") == "swiglu"
+    dinov2 = "dinov2_with_registers" if tokens > 1 else "dinov2"
+    if shape.get("pre_norm"):
+        family, fits = "clip_vision_model", tokens == 1 and not scaled and pool == "class"
+    elif pool == "mean":
+        family, fits = "ijepa", tokens == 0 and not scaled
+    elif scaled or pool == "class+mean" or tokens > 2:
+        family, fits = dinov2, shape.get("activation", "gelu") in ("gelu", "swiglu")
+    else:
+        family, fits = ("deit" if tokens == 2 else "vit"), True
+    if not fits or (swiglu and family not in WITH_MEAN):
+        raise ValueError("transformers has no class for this trunk; try --to torchvision")
+    return family
 
 
-def renamed(key: str, names: dict[str, str]) -> str | None:
-    """A tensor's key with its module renamed; None if the module is not among the names."""
-    for end in ("", *ends(key)):
-        module = key[: len(key) - len(end)].removesuffix(".")
-        if module in names:
-            return f"{names[module]}.{end}" if end else names[module]
-    return None
+def hf_names(family: str) -> list[dict[str, str]]:
+    """From our names to those in a family's class: the older names, and the newer ones.
+
+    {} stands for the number of a block, see layouts.renamed.
+    """
+    tables = []
+    for prefix, layout in FAMILIES[family]:
+        names = {ours: prefix + theirs for ours, theirs in LAYOUTS[layout].items()}
+        tables.append({**names, "heads.head": "classifier"})
+    return tables
 
 
-def read_vit(folder: Path) -> tuple[str, list[str], dict, dict[str, torch.Tensor]]:
-    """Our model name, our layer names, the settings and the tensors of a PEFT folder for Hugging Face's ViT.
+def read_vit(folder: Path) -> tuple[list[str], dict, dict[str, torch.Tensor], dict]:
+    """A PEFT folder of one of transformers' ViTs: the names of its layers (ours), its settings, its tensors,
+    and what it says of the trunk's shape.
 
     The tensors have the keys of one layout. If the folder holds both, their tensors must be equal.
     """
     settings, tensors = read_peft(folder)
+    if (folder / HEAD).is_file():
+        tensors |= read_tensors(folder / HEAD)[0]
     head = tensors.get("classifier.weight")
     if head is None or head.ndim != 2:
         raise ValueError(
             f"{folder}: {PREFIX}classifier.weight: expected the trained head, found no such tensor; "
             'PEFT saves it with modules_to_save=["classifier"]'
         )
-    widths = {shape["hidden_dim"]: name for name, shape in vit.MODELS.items()}
-    if head.shape[1] not in widths:
-        raise ValueError(
-            f"{folder}: {PREFIX}classifier.weight: expected {' or '.join(map(str, widths))} columns, "
-            f"found {head.shape[1]}"
-        )
-    name = widths[head.shape[1]]
-    ours = {hf: n for layout in ("hf", "hf5") for n, hf in hf_names(name, layout).items()}
-    names = names_in(tensors, name)
+    family = family_in(folder, tensors)
+    tables = [{theirs: ours for ours, theirs in names.items()} for names in hf_names(family)]
+    names = names_in(tensors)
     kept = {}
     for key, tensor in tensors.items():
-        if (our := renamed(key, ours)) is None:
+        ours = next(filter(None, (renamed(key, table) for table in tables)), None)
+        if ours is None:
             raise ValueError(
                 f"{folder}: {PREFIX}{key}: expected a tensor of a ViT, found an unknown name"
             )
-        same = kept.setdefault(renamed(our, names), tensor)
+        same = kept.setdefault(renamed(ours, names), tensor)
         if not torch.equal(same, tensor):
             raise ValueError(
                 f"{folder}: {PREFIX}{key}: expected the same tensor as under the layer's other name"
             )
-    return name, [renamed(layer, ours) for layer in layers_of(kept)], settings, kept
+    inverse = {theirs: ours for ours, theirs in names.items()}
+    layers, shape = [renamed(layer, inverse) for layer in layers_of(kept)], {}
+    if family in WITH_MEAN:
+        of_class, of_mean = head.chunk(2, 1)
+        if of_mean.any():
+            shape = {"pool": "class+mean"}
+        else:  # as to_peft writes it
+            kept["classifier.weight"] = of_class.contiguous()
+    return layers, settings, kept, shape
 
 
-def names_in(tensors: dict, model: str) -> dict[str, str]:
+def family_in(folder: Path, tensors: dict) -> str:
+    """The family whose names these tensors have."""
+    names = names_in(tensors)
+    family = next(family for family in FAMILIES if names in hf_names(family))
+    if family == "clip_vision_model" and not (folder / HEAD).is_file():
+        raise ValueError(
+            f"{folder}: CLIPForImageClassification, whose head reads the mean of the patches before the last "
+            f"LayerNorm: expected an adapter of CLIPVisionModel with its head in {HEAD}"
+        )
+    return family
+
+
+def names_in(tensors: dict) -> dict[str, str]:
     """hf_names for the layout of these tensors; for the newer one if they have both."""
-    return hf_names(model, "hf5" if any(key.startswith("vit.layers.") for key in tensors) else "hf")
+    best, most = {}, -1
+    for family in FAMILIES:
+        for names in hf_names(family):
+            inverse = {theirs: ours for ours, theirs in names.items()}
+            fit = sum(renamed(key, inverse) is not None for key in tensors)
+            if fit >= most:
+                best, most = names, fit
+    return best
 
 
 def parameters_of(model: nn.Module, names: dict[str, str]) -> dict[str, nn.Parameter]:
@@ -87,13 +146,15 @@ def weights_of(folder: Path) -> str:
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if (folder / "base").is_dir():
         return str((folder / "base").absolute())  # from to_peft; the folder may have moved
-    if base == vit.IN21K:
+    if base == weights.IN21K:
         return "in21k"
     if base and Path(base).exists():
         return str(Path(base).absolute())
+    if base and weights.is_hub_name(base):
+        return base
     raise ValueError(
-        f"{folder / CONFIG}: base_model_name_or_path: expected {vit.IN21K} or a folder on this machine, "
-        f"found {base!r}; name the pretrained weights with --weights"
+        f"{folder / CONFIG}: base_model_name_or_path: expected OWNER/NAME on Hugging Face or a folder that "
+        f"exists, found {base!r}; name the pretrained weights with --weights"
     )
 
 

@@ -34,7 +34,9 @@ COLUMNS = """run method rank dropout lr seed trial final val_accuracy val_loss b
 def kept(config: Config, classes: int) -> int | None:
     """Bytes that autograd keeps for the backward pass of one batch; None if the memory is too small."""
     c, device = config, pick_device(config.device)
-    model, preprocessing = vit.build(c.model, c.weights, classes, c.image_size, c.head_dropout)
+    model, preprocessing = vit.build(
+        c.model, c.weights, classes, c.image_size, c.head_dropout, heads=c.heads
+    )
     arguments = {key: getattr(c, key) for key in ADAPT}
     # No module_dropout: every adapter takes part in this batch.
     adapt(model, dropout=c.adapter_dropout, **arguments)

@@ -12,7 +12,7 @@ from torch import nn
 
 import data
 import vit
-from engine import checkpoint, devices
+from engine import checkpoint, devices, weights
 from engine.adapt import ADAPT, adapt, check_rank
 from engine.config import Config, check, check_sizes, refuse_changes
 from engine.files import read_json
@@ -22,7 +22,7 @@ from engine.peft_vit import labels_in, names_in, parameters_of, read_vit, target
 from engine.run import Run, check_folder, make_folder, read_last, refuse_others
 
 # The settings that an adapter brings along. A flag overrides them.
-SETTLED = (*ADAPT, "model", "weights", "image_size")
+SETTLED = (*ADAPT, "weights", "image_size")
 
 
 @dataclass
@@ -33,8 +33,10 @@ class Source:
     settings: dict  # fields of Config, of those in SETTLED
     tensors: dict[str, torch.Tensor]  # by our names, or by PEFT's
     classes: list[str] | None  # None: a PEFT folder without names
-    images: dict  # mean, std and crop of the images it was trained on, as far as they are known
-    info: dict | None = None  # of an adapter file; None for a PEFT folder
+    images: dict  # how its images were prepared, as far as that is known
+    shape: dict  # what it says of the trunk, see vit.trunk
+    layers: list[str] | None = None  # of a PEFT folder: the layers with an adapter, by our names
+    info: dict | None = None  # of an adapter file
 
 
 def prepare(config: Config) -> Run:
@@ -52,26 +54,37 @@ def prepare(config: Config) -> Run:
     with devices.in_turn():
         dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
         check_sizes(config, len(dataset.train), dataset.test is not None)
+        shape = last["extra"].get("shape", vit.OLD) if last else source.shape if source else {}
         model, preprocessing = vit.build(
-            c.model, c.weights, len(dataset.classes), c.image_size, c.head_dropout, c.seed
+            shape or c.model,
+            c.weights,
+            len(dataset.classes),
+            c.image_size,
+            c.head_dropout,
+            c.seed,
+            c.heads,
         )
+        model.encoder.layers.recompute = c.recompute
+        if source and source.layers and "targets" in config.filled:
+            config.targets = targets_of(model, source.layers)
         settings = {key: getattr(config, key) for key in ADAPT}
         dropouts = {"dropout": c.adapter_dropout, "module_dropout": c.module_dropout}
         trainable, total = adapt(model, **settings, **dropouts)
         check_rank(model, config.rank)
         if last:  # images are prepared as before, wherever the weights are now
-            preprocessing |= last["identity"].get("preprocessing", {})
+            preprocessing = last["identity"].get("preprocessing", preprocessing)
         elif source:
             message, images = load_source(source, model, dataset.classes)
             preprocessing |= images
             print(message)
         cache = c.cache_dir or (Path(c.out).parent if c.out else Path("runs")) / "cache"
         for split in (dataset.train, dataset.val, *([dataset.test] if c.test else [])):
-            keep(split, cache, preprocessing["image_size"], c.cache, c.workers)
+            how = {"interpolation": preprocessing.get("interpolation", "bilinear")}
+            keep(split, cache, preprocessing["image_size"], c.cache, c.workers, **how)
     trunk = checkpoint.fingerprint(model)
     shared = {"classes": dataset.classes, "trunk": trunk, "preprocessing": preprocessing}
-    info = {**settings, "model": c.model, "weights": vit.full_name(c.weights), "seed": c.seed}
-    info |= {"eps": model.encoder.ln.eps, **shared}
+    info = {**settings, "weights": weights.full_name(c.weights), "seed": c.seed}
+    info |= {"shape": model.shape, **shared}
     identity = {"images": [len(dataset.train), len(dataset.val)], **shared}
     refuse_others(config, identity, last)
     unreadable = [split.bad for split in (dataset.train, dataset.val)]
@@ -92,7 +105,7 @@ def prepare(config: Config) -> Run:
         folder=folder,
         lock=lock,
         last=last,
-        extra={"unreadable": unreadable},
+        extra={"unreadable": unreadable, "shape": model.shape},
     )
 
 
@@ -117,7 +130,7 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
         if key in config.filled and getattr(config, key) == config.filled[key]:
             setattr(config, key, value)
     check(config)
-    vit.check_weights(config.weights)
+    weights.check_weights(config.weights)
     if last:
         refuse_changes(config, previous)
     return config, last, source
@@ -130,31 +143,29 @@ def read_source(path: str) -> Source:
         tensors, info = checkpoint.read_adapter(path)
         settings = info | {"image_size": info["preprocessing"]["image_size"]}
         settings = {key: settings[key] for key in SETTLED}
-        return Source(path, settings, tensors, info["classes"], info["preprocessing"], info)
-    model, layers, settings, tensors = read_vit(folder)
-    with torch.device("meta"):
-        bare, _ = vit.build(model, "none")
-    settings["targets"] = targets_of(bare, layers)
+        images, shape = info["preprocessing"], vit.shape_in(info)
+        return Source(path, settings, tensors, info["classes"], images, shape, info=info)
+    layers, settings, tensors, shape = read_vit(folder)
     try:
-        weights = weights_of(folder)
+        settings["weights"] = weights_of(folder)
     except ValueError:  # not on this machine: check_weights says so, unless --weights is given
-        weights = str(read_json(folder / CONFIG).get("base_model_name_or_path"))
-    images = vit.preprocessing_in(folder)
-    settings |= {"model": model, "weights": weights, "image_size": images.get("image_size")}
-    return Source(path, settings, tensors, labels_in(folder) or None, images)
+        settings["weights"] = str(read_json(folder / CONFIG).get("base_model_name_or_path"))
+    images = weights.preprocessing_in(folder)
+    settings["image_size"] = images.get("image_size")
+    return Source(path, settings, tensors, labels_in(folder) or None, images, shape, layers)
 
 
 def load_source(source: Source, model: nn.Module, classes: list[str]) -> tuple[str, dict]:
     """Copy an adapter into a model that was adapted the same way.
 
     The head is copied if it has these classes (or as many, if the folder has no names); else it stays new.
-    Returns a message, and the mean, std and crop that the adapter wants.
+    Returns a message, and how the adapter wants its images, but for their size.
     Raises ValueError, naming file and key, if a tensor does not fit.
     """
     if source.info:
         own, head = dict(model.named_parameters()), "heads.head."
     else:
-        names, head = names_in(source.tensors, source.settings["model"]), "classifier."
+        names, head = names_in(source.tensors), "classifier."
         own = parameters_of(model, names)
     same = source.classes == classes
     if source.classes is None:
@@ -167,5 +178,5 @@ def load_source(source: Source, model: nn.Module, classes: list[str]) -> tuple[s
     else:
         fill(own, tensors, source.path)
     message = f"start: {source.path}, " + ("its head too" if same else "a new head: other classes")
-    images = {key: source.images[key] for key in ("mean", "std", "crop") if key in source.images}
-    return message, images
+    images = {key: value for key, value in source.images.items() if key != "image_size"}
+    return message, ({"interpolation": "bilinear"} if source.info else {}) | images

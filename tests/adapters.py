@@ -67,8 +67,8 @@ def write_adapter(path, case, weights="embedded", model="vit_mini", classes=CLAS
     for p in built.parameters():
         if p.requires_grad:
             p.data += 0.15 * torch.randn(p.shape, generator=generator)
-    info = {**settings, "model": model, "weights": weights, "seed": 0, "trunk": trunk}
-    info |= {"eps": built.encoder.ln.eps, "classes": classes}
+    info = {**settings, "weights": weights, "seed": 0, "trunk": trunk}
+    info |= {"shape": built.shape, "classes": classes}
     info["preprocessing"] = {**preprocessing, **changed}
     checkpoint.save_adapter(path, built, info)
     return built.eval()

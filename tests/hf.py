@@ -1,5 +1,7 @@
 """ViTs of Hugging Face and timm with the shape of vit_mini and random weights that reveal mistakes."""
 
+import socket
+
 import timm
 import torch
 import transformers
@@ -7,7 +9,7 @@ from torch import nn
 
 import vit
 
-SHAPE = vit.MODELS["vit_mini"]
+SHAPE = vit.named_shape("vit_mini")
 transformers.logging.set_verbosity_error()
 
 
@@ -18,6 +20,26 @@ def randomise_all(model: nn.Module, seed: int = 0) -> nn.Module:
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.data.copy_(0.1 * values + (parameter.ndim == 1) * 0.5)
     return model.eval()
+
+
+def refuse_network(monkeypatch) -> None:
+    """Fail if anything but this machine is asked."""
+
+    def of_this_machine(host, *more, **settings):
+        assert host == "127.0.0.1", f"a test asks the network for {host}"
+        return own(host, *more, **settings)
+
+    own = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", of_this_machine)
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
+        monkeypatch.delenv(name, raising=False)
 
 
 def hf_vit(classes=("cat", "dog", "cow"), **changed) -> transformers.ViTForImageClassification:

@@ -1,20 +1,38 @@
-"""The lines of docs/any-model.md, on SDXL's architecture: trained, saved, and opened by PEFT."""
+"""The lines of docs/any-model.md, on SDXL's architecture: trained, saved, and opened by PEFT. And what the
+page says of timm's and transformers' own models."""
 
+import copy
 import json
+import warnings
+from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sdxl import TOKENS, predicted_noise, toy_sdxl
-from test_docs import PYTHON
+from test_docs import CODE, PYTHON, TEXTS
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+)
 
 from engine.peft_folder import load_peft, save_peft
-from lora import LoRALinear, mark_trainable, replace_linear
+from loha import LoHaLinear
+from lokr import LoKrLinear
+from lora import LoRALinear, mark_trainable, merge, replace_linear
 
 SAVE, LOAD = (block for block in PYTHON if "style/unet" in block)
 LOOP = "...  # your loop"
@@ -248,3 +266,255 @@ def test_a_shared_block_is_saved_once(tmp_path):
     load_peft(loaded, tmp_path / "folder")
     assert torch.equal(loaded(x), ours(x))
     save_peft(loaded, tmp_path / "again")
+
+
+PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+WINDOWS = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+WINDOWS["window_size"] = 4
+CALL = {  # timm's models that call each of their layers
+    "vit_small_patch16_224": PLAIN,
+    "eva02_base_patch14_224": PLAIN,
+    "vit_small_patch16_dinov3": PLAIN,
+    "vit_base_patch16_siglip_224": PLAIN,
+    "swin_tiny_patch4_window7_224": WINDOWS,
+    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+}
+READ = {  # those that read qkv.weight instead
+    "beit_base_patch16_224": PLAIN,
+    "beitv2_base_patch16_224": PLAIN,
+    "eva_giant_patch14_224": PLAIN,
+    "eva02_tiny_patch14_224": PLAIN,
+    "eva02_small_patch14_224": PLAIN,
+    "swinv2_tiny_window8_256": WINDOWS,
+    "vit_small_patch16_dinov3_qkvb": PLAIN,
+}
+TIMM = CALL | READ
+SIZE = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 48}
+SIZE |= {"num_hidden_layers": 2, "num_attention_heads": 2}
+LABELS = {"num_labels": 3}
+TRANSFORMERS = {
+    "dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**SIZE, **LABELS)),
+    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**SIZE, pos_embed_rescale=None)),
+    "beit": lambda: BeitForImageClassification(BeitConfig(**SIZE, **LABELS, drop_path_rate=0.0)),
+    "siglip": lambda: SiglipForImageClassification(SiglipConfig(vision_config=SIZE, **LABELS)),
+}
+ADAPTERS = (LoRALinear, LoHaLinear, LoKrLinear)
+
+
+def tiny(name):
+    """A small float64 model, in training mode, without dropout. Each call gives the same random weights."""
+    torch.manual_seed(0)
+    if name in TIMM:
+        model = timm.create_model(name, num_classes=3, drop_path_rate=0.0, **TIMM[name])
+    else:
+        model = TRANSFORMERS[name]()
+    model = model.double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # timm starts some LayerScale at 1e-5
+            parameter += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def images():
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+
+
+def logits(model):
+    """The model's numbers for images()."""
+    found = model(images())
+    return (
+        found
+        if isinstance(found, torch.Tensor)
+        else found.get("logits", found.get("pooler_output"))
+    )
+
+
+def loss_of(model):
+    return F.cross_entropy(logits(model), torch.tensor([0, 1, 2, 0]))
+
+
+def adapters_of(model):
+    return {name: m for name, m in model.named_modules() if hasattr(m, "delta_weight")}
+
+
+def factors_of(model):
+    """The adapters' tensors. Those that are zero become random: the other factors get a gradient then."""
+    factors = {
+        f"{name}.{factor}": parameter
+        for name, layer in adapters_of(model).items()
+        for factor, parameter in layer.named_parameters(recurse=False)
+    }
+    for parameter in factors.values():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return factors
+
+
+def without_gradient(parameters):
+    return [name for name, p in parameters.items() if p.grad is None or not p.grad.any()]
+
+
+def linears(model, head):
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and head not in n]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("name", [*TIMM, "dinov2", "dinov3", "beit"])
+def test_other_libraries_models_train_and_merge(name, adapter):
+    """The head stays frozen here, so the loss falls by the adapters alone."""
+    model, head = tiny(name), "head" if name in TIMM else "classifier"
+    layers, plain = linears(model, head), logits(model)
+    assert torch.equal(logits(model), plain)
+    wrap = partial(adapter, rank=2, alpha=3)
+    assert replace_linear(model, wrap, "all", head=head) == layers
+    mark_trainable(model, head="")
+    torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-12)
+    factors = factors_of(model)
+    assert len(factors) >= 2 * len(layers)
+    first = loss_of(model)
+    first.backward()
+    assert without_gradient(factors) == []
+    optimizer = torch.optim.AdamW(factors.values(), lr=0.02)
+    for _ in range(6):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+    assert loss < 0.97 * first
+    adapted = logits(model)
+    assert (adapted - plain).abs().max() > 1e-2
+    merge(model)
+    assert not adapters_of(model) and linears(model, head) == layers
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_which_models_read_qkv_s_weight(name):
+    model, called = tiny(name), set()
+    layers = linears(model, "head")
+    for layer in layers:
+        hook = partial(lambda layer, *_: called.add(layer), layer)
+        model.get_submodule(layer).register_forward_hook(hook)
+    logits(model)
+    qkv = [layer for layer in layers if layer.endswith("qkv")]
+    assert [layer for layer in layers if layer not in called] == (qkv if name in READ else [])
+    assert qkv or name not in READ
+
+
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig, LoKrConfig])
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", *READ])
+def test_peft_gets_no_gradient_where_the_model_reads_the_weight(name, config):
+    """Ours does, in the test above. PEFT's does where the model calls the layer."""
+    model = tiny(name)
+    plain = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(model, config(r=2, target_modules=["qkv"]))
+        update = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(key in update or "head" in key)
+        for parameter in update.values():
+            nn.init.normal_(parameter, std=0.5)
+        loss_of(model).backward()
+    assert len(update) >= 4
+    assert without_gradient(update) == ([*update] if name in READ else [])
+    still = (logits(model) - plain).abs().max() < 1e-12
+    assert still == (name in READ)
+    assert (logits(model.merge_and_unload()) - plain).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_peft_opens_the_folder_without_qkv_s_update_until_it_is_merged(adapter, tmp_path):
+    name = "beit_base_patch16_224"
+    ours = tiny(name)
+    replace_linear(ours, partial(adapter, rank=2, alpha=3), ["qkv"], head="head")
+    factors_of(ours)
+    mark_trainable(ours, head="")
+    save_peft(ours, tmp_path / "folder")
+    theirs = PeftModel.from_pretrained(tiny(name), tmp_path / "folder").train()
+    plain = logits(tiny(name))
+    assert (logits(ours) - plain).abs().max() > 1e-5
+    torch.testing.assert_close(logits(theirs), plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits(theirs.merge_and_unload()), logits(ours), rtol=0, atol=1e-8)
+    loaded = tiny(name)
+    load_peft(loaded, tmp_path / "folder")
+    assert torch.equal(logits(loaded), logits(ours))
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"module_dropout": 0.5}])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_dropout_has_no_effect_where_the_model_reads_the_weight(adapter, settings):
+    for name in ("vit_small_patch16_224", "beit_base_patch16_224"):
+        model = tiny(name)
+        replace_linear(model, partial(adapter, rank=2, alpha=300, **settings), ["qkv"])
+        factors_of(model)
+        found = [logits(model) for _ in range(9)]
+        same = all(torch.equal(found[0], other) for other in found)
+        assert same == (name in READ)
+
+
+def test_what_rank_r_costs_on_one_layer_and_on_three():
+    dim, depth, rank = 24, 2, 8
+    wrap = partial(LoRALinear, rank=rank)
+    for name, targets, times in (
+        ("vit_small_patch16_224", ["attn.qkv"], 4),
+        ("dinov2", ["q_proj", "k_proj", "v_proj"], 6),
+    ):
+        model = tiny(name)
+        replace_linear(model, wrap, targets)
+        assert mark_trainable(model, head="")[0] == times * rank * dim * depth
+        assert f"{times} r dim" in TEXTS["any-model.md"]
+
+
+def test_the_function_for_timm_s_models(monkeypatch):
+    """The lines of docs/any-model.md, with a small model of random weights."""
+    (block,) = (block for block in CODE["any-model.md"] if "import timm" in block)
+    create, built = timm.create_model, []
+
+    def small(name, pretrained, num_classes):
+        assert pretrained and timm.is_model_pretrained(name)
+        built.append(create(name, num_classes=num_classes, **TIMM[name]))
+        return built[0]
+
+    monkeypatch.setattr(timm, "create_model", small)
+    exec(block, names := {})
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 32, 32), torch.tensor([0, 1, 2, 3, 4, 0])
+    start = {}
+
+    def batches():
+        (model,) = built
+        start.update(copy.deepcopy(model.state_dict()), loss=F.cross_entropy(model(x), y).item())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trained == 2 * 8 * (4 + 2 + 5 + 5) * 24 + 24 * 5 + 5  # qkv, proj, fc1, fc2; the head
+        yield from [(x, y)] * 20
+
+    model = names["fine_tune"](batches(), classes=5)
+    assert F.cross_entropy(model(x), y) < 0.8 * start["loss"]
+    fresh = create("vit_small_patch16_224", num_classes=5, **PLAIN)
+    fresh.load_state_dict(model.state_dict())  # strict: the names are timm's again
+    torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=1e-6)
+    linear = "blocks.0.attn.qkv"
+    assert not torch.equal(fresh.get_submodule(linear).weight, start[f"{linear}.linear.weight"])
+    assert torch.equal(fresh.patch_embed.proj.weight, start["patch_embed.proj.weight"])
+
+
+def test_what_is_said_of_convnext_and_of_siglip_in_transformers():
+    with torch.device("meta"):
+        for size in ("atto", "femto", "pico", "nano"):
+            convnext = timm.create_model(f"convnext_{size}")
+            with pytest.raises(ValueError, match=r"matches no nn\.Linear"):
+                replace_linear(convnext, partial(LoRALinear, rank=2), "all", head="head")
+    wrap = partial(LoRALinear, rank=2)
+    for encoder_alone in (False, True):
+        model = tiny("siglip")
+        if encoder_alone:
+            replace_linear(model.vision_model.encoder, wrap, "all", head="")
+        else:
+            with pytest.warns(UserWarning, match="MultiheadAttention"):
+                replace_linear(model, wrap, "all", head="classifier")
+        mark_trainable(model, head="classifier")
+        factors = factors_of(model)
+        loss_of(model).backward()
+        dead = [name for name in factors if name.startswith("vision_model.head.mlp")]
+        assert without_gradient(factors) == dead and bool(dead) != encoder_alone

@@ -35,7 +35,7 @@ def adapted(adapter, weights="embedded", seed=7, **changed):
         "adapter": adapter,
         **defaults,
         **settings,
-        "model": "vit_mini",
+        "shape": model.shape,
         "weights": weights,
         "seed": seed,
         "trunk": checkpoint.fingerprint(model),
@@ -83,7 +83,7 @@ def test_the_file_holds_the_trained_tensors_and_the_settings(tmp_path):
     assert sum(t.numel() for t in tensors.values()) < 40_000
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert metadata["adapter"] == "lora" and metadata["model"] == "vit_mini"
+    assert metadata["adapter"] == "lora" and json.loads(metadata["shape"])["num_heads"] == 4
     assert float(metadata["alpha"]) == 5 and json.loads(metadata["classes"])[1] == "dög"
     assert checkpoint.read_adapter(path)[1] == info
 
@@ -111,7 +111,8 @@ KEY = "encoder.layers.encoder_layer_0.self_attention.query.lora_A"
         (lambda t, m: m.update(rank="4"), rf"{KEY}: expected shape \(4, 128\), found \(3, 128\)"),
         (lambda t, m: m.update(adapter="loha"), r"hada_w1_a: expected shape"),
         (lambda t, m: m.update(adapter="dora"), r"'dora': expected one of lora, loha"),
-        (lambda t, m: m.update(model="vit_b_16"), "--image-size 28: vit_b_16 needs a multiple"),
+        (lambda t, m: m.update(shape=m["shape"].replace("128", "64")), "hidden_dim: expected 64"),
+        (lambda t, m: m.pop("shape"), "shape: expected"),
         (lambda t, m: m.update(trunk="0" * 16), "trunk: expected 0000000000000000"),
         (lambda t, m: m.update(weights=str(OTHER)), "trained on other weights"),
         (lambda t, m: m.pop("classes"), "expected 'classes' in the metadata"),

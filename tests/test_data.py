@@ -1,5 +1,6 @@
 """Batches of images, compared with PIL and with each other; unreadable files; and the cache."""
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -30,6 +31,7 @@ from engine.images import (
 )
 
 PLAIN = {"image_size": 28, "mean": [0.0] * 3, "std": [1.0] * 3, "crop": 1.0}
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 GENERATOR = torch.Generator().manual_seed(0)
 
 
@@ -47,43 +49,141 @@ def random_pixels(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-@pytest.mark.parametrize("size", [12, 30, 100])
+def resized_by_pil(image, size, interpolation):
+    """The resized image, int32 (size, size, 3). PIL resizes the rows, then the columns, as we do; Pillow 13
+    may begin with the columns. For bicubic this matters, because values are clamped after each step."""
+    rows = image.resize((size, image.height), FILTERS[interpolation])
+    return torch.from_numpy(np.array(rows.resize((size, size), FILTERS[interpolation]))).int()
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("size", [12, 30, 100])  # shrinks, both, enlarges
 @pytest.mark.parametrize("flip", [False, True])
-def test_resized_crops_equal_pil_s(size, flip):
+def test_resized_crops_equal_pil_s(size, flip, interpolation):
+    """Up to rounding. PIL rounds to whole values after the rows, and again after the columns.
+
+    Both filters' weights add up to 1; without their signs, bicubic ones add up to at most 1.25, by which the
+    columns multiply an error of the rows. So without rounding we differ by at most 1.25 / 2 + 1 / 2.
+    F.interpolate may round a value between two the other way: 1 in the rows makes 1.25 + 1, so 2 in the end.
+    """
     images = random_pixels(6, 40, 52, 3)
     draws = torch.rand(6, 5, generator=GENERATOR).tolist()
     boxes = [random_box(d, 40, 52, 0.08) for d in draws]
     one_by_one = torch.stack(
-        [resize_crop(x, box, flip, size) for x, box in zip(images, boxes, strict=True)]
+        [
+            resize_crop(x, box, flip, size, interpolation)
+            for x, box in zip(images, boxes, strict=True)
+        ]
     )
     together = resize(
         torch.from_numpy(images).permute(0, 3, 1, 2).float(),
         torch.tensor(boxes).T,
         torch.tensor([flip] * 6),
         size,
+        interpolation,
     ).permute(0, 2, 3, 1)
+    most, rounded = {"bilinear": (1.01, 1), "bicubic": (1.25 / 2 + 0.5 + 0.01, 2)}[interpolation]
     for image, box, a, b in zip(images, boxes, one_by_one, together, strict=True):
         left, top, wide, high = box
         crop = Image.fromarray(image).crop((left, top, left + wide, top + high))
-        expected = torch.from_numpy(np.array(crop.resize((size, size), Image.Resampling.BILINEAR)))
-        expected = expected.flip(1) if flip else expected
-        assert a.dtype == torch.uint8 and (a.int() - expected.int()).abs().max() <= 1
-        assert (b - expected).abs().max() <= 1.01  # PIL rounds after rows and after columns
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+        crops = {name: resized_by_pil(crop, size, name) for name in FILTERS}
+        expected = crops.pop(interpolation)
+        (other,) = crops.values()
+        wrong = (a.int() - expected).abs()
+        assert a.dtype == torch.uint8 and wrong.max() <= rounded
+        assert (wrong > 0).float().mean() < 0.2
+        assert (b - expected).abs().max() <= most
         assert (b - expected.flip(1)).abs().max() > 20
+        assert (b - other).abs().max() > 5 and (a.int() - other).abs().max() > 5
 
 
-def test_crops_of_a_batch_on_the_gpu_equal_crops_of_single_images():
-    """Up to rounding: single images are rounded to whole pixel values."""
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_crops_of_a_batch_on_the_gpu_equal_crops_of_single_images(interpolation):
+    """Up to rounding: single images are rounded to whole pixel values, twice."""
     split = Split(np.arange(9), pixels=random_pixels(9, 64, 64, 3))
     preprocessing = {**PLAIN, "image_size": 40, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
-    crops = Crops(split, preprocessing, 0.3, True)
+    crops = Crops(split, {**preprocessing, "interpolation": interpolation}, 0.3, True)
+    # One level of the channel with the smallest deviation. Rounding is explained above; F.interpolate's
+    # weights of 16 bits add a little.
+    most = {"bilinear": 1.01, "bicubic": 1.2}[interpolation] / 255 / 0.5
     for draws in (torch.rand(9, 5, generator=GENERATOR).tolist(), [None] * 9):
         requests = list(zip(range(9), draws, strict=True))
         together = crops.on_device(requests, torch.device("cpu"))
         one_by_one = crops.on_cpu((crops[request] for request in requests), 9)
         assert together.shape == (9, 3, 40, 40)
-        assert (together - one_by_one).abs().max() < 1.01 / 255 / 0.5
+        assert (together - one_by_one).abs().max() < most
         assert (together - one_by_one.flip(0)).abs().max() > 1
+
+
+@pytest.mark.parametrize("size", [40, 150])
+def test_bicubic_edges_are_no_darker_than_black_and_no_lighter_than_white(size):
+    """Bicubic weights may be negative. PIL clamps the rows, then the columns; so do both of our paths."""
+    y, x = np.mgrid[:64, :64]
+    blocks = np.where((x // 8 + y // 8) % 2, 255, 0).astype(np.uint8)
+    dots = np.where(random_pixels(64, 64) < 128, 0, 255).astype(np.uint8)
+    pixels = np.stack([blocks, dots])[..., None].repeat(3, -1)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    preprocessing = {"image_size": size, "mean": mean, "std": std, "crop": 1.0}
+    crops = Crops(Split(np.arange(2), pixels=pixels), {**preprocessing, "interpolation": "bicubic"})
+    expected = [resized_by_pil(Image.fromarray(image), size, "bicubic") for image in pixels]
+    requests = [(0, None), (1, None)]
+    together = crops.on_device(requests, torch.device("cpu"))
+    one_by_one = crops.on_cpu((crops[request] for request in requests), 2)
+    mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+    for crops in (together, one_by_one):
+        levels = (crops * std + mean) * 255
+        assert levels.min() > -1e-3 and levels.max() < 255 + 1e-3
+        for image, exact in zip(levels.permute(0, 2, 3, 1), expected, strict=True):
+            assert (image - exact).abs().max() < 2.01
+
+
+@pytest.mark.parametrize("source", ["device", "pixels", "png", "jpg"])
+def test_preprocessing_without_a_filter_means_bilinear(source, tmp_path):
+    """Adapter files of older versions name none."""
+    pixels = random_pixels(1, 64, 64, 3)
+    if source in ("device", "pixels"):
+        split = Split(np.zeros(1, np.int64), pixels=pixels)
+    else:
+        Image.fromarray(pixels[0]).resize((500, 400)).save(tmp_path / f"1.{source}")
+        split = split_of(tmp_path / f"1.{source}")
+
+    def crop(**filters):
+        crops = Crops(split, {**PLAIN, **filters}, 0.3)
+        draws = [0.9, 0.4, 0.3, 0.7, 0.6]
+        device = source == "device"
+        return crops.on_device([(0, draws)], torch.device("cpu")) if device else crops[0, draws]
+
+    assert torch.equal(crop(), crop(interpolation="bilinear"))
+    assert not torch.equal(crop(), crop(interpolation="bicubic"))
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("name", ["1.jpg", "1.png"])
+@pytest.mark.parametrize("large", [True, False])
+def test_files_are_resized_with_the_filter_of_the_weights(large, name, interpolation, tmp_path):
+    path, size = tmp_path / name, (600, 400) if large else (90, 60)
+    Image.fromarray(random_pixels(30, 45, 3)).resize(size, Image.Resampling.NEAREST).save(path)
+    preprocessing = {**PLAIN, "image_size": 112, "crop": 0.9, "interpolation": interpolation}
+    found = Crops(split_of(path), preprocessing)[0, None]
+    with Image.open(path) as image:
+        reduced = large and name == "1.jpg"  # decoded at 1/2, then resized by PIL itself
+        if reduced:
+            image.draft("RGB", (300, 200))
+        side = 0.9 * image.height
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = left, top, left + side, top + side
+        crop = image.crop(box)  # pixels outside of it do not count, unless PIL itself cuts it
+        expected = {
+            key: torch.from_numpy(np.array(image.resize((112, 112), FILTERS[key], box))).int()
+            if reduced
+            else resized_by_pil(crop, 112, key)
+            for key in FILTERS
+        }
+    right = expected.pop(interpolation)
+    (other,) = expected.values()
+    assert (found.int() - right).abs().max() <= (0 if reduced else 2)
+    assert (found.int() - other).abs().max() > 10
 
 
 def test_random_boxes_are_inside_the_image_with_the_right_areas_and_ratios():
@@ -427,6 +527,37 @@ def test_cached_images_have_the_size_that_evaluation_needs(tmp_path):
     keep(split, tmp_path / "cache", 224, cache=True)
     shapes = [split.pixels[row].shape[:2] for row in range(3)]
     assert shapes == [(256, 341), (768, 256), (90, 100)]
+
+
+@pytest.mark.parametrize("among", [False, True])
+def test_each_filter_has_its_own_cached_images(among, tmp_path):
+    """among: the large image is found only after a small one, among which keep does not expect it."""
+    if among:
+        write_image(tmp_path / "0.png", 0, 0, (64, 64))
+    Image.fromarray(random_pixels(400, 600, 3)).save(tmp_path / "1.png")
+    files = sorted(tmp_path.glob("*.png"))
+    with Image.open(files[-1]) as image:
+        expected = {name: np.array(image.resize((192, 128), FILTERS[name])) for name in FILTERS}
+    assert not np.array_equal(*expected.values())
+    for name in ("bilinear", "bicubic", "bilinear"):
+        split = split_of(*files)
+        keep(split, tmp_path / "cache", 112, cache=True, interpolation=name)
+        assert np.array_equal(split.pixels[len(files) - 1], expected[name])
+    split = split_of(*files)
+    keep(split, tmp_path / "cache", 112, cache=True)
+    assert np.array_equal(split.pixels[len(files) - 1], expected["bilinear"])
+    assert len(list((tmp_path / "cache").glob("*.pixels"))) == 2
+
+
+def test_the_names_of_cached_files(tmp_path):
+    """A file that an older version wrote is found again. Small images are not resized: one file is enough."""
+    files = [str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")]
+    for side in (None, 256):
+        names = [Whole(files, side, (1, 1), name).name() for name in FILTERS]
+        text = "\n".join([str(side), *files])
+        assert names[0] == hashlib.sha256(text.encode()).hexdigest()[:16]
+        assert (names[0] == names[1]) == (side is None)
+        assert Whole(files, side, (1, 1)).name() == names[0]
 
 
 def test_on_a_full_disk_small_images_are_kept_in_memory(tmp_path, monkeypatch, capfd):

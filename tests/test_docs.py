@@ -1,6 +1,5 @@
 """README and docs/: each command and each block of Python runs; each figure, name and link is true."""
 
-import inspect
 import json
 import re
 import shlex
@@ -11,12 +10,14 @@ import sys
 import time
 import urllib.request
 from collections import OrderedDict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from families import FAMILIES
 from sdxl import toy_sdxl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_compare import launch
@@ -31,7 +32,7 @@ import predict
 import spectra
 import train
 import vit
-from engine import checkpoint
+from engine import checkpoint, weights
 from engine.adapt import ADAPT, ADAPTERS, adapt
 from engine.config import FREE, RECIPES, Config, flag, parse
 
@@ -223,11 +224,12 @@ def test_every_training_command_gets_as_far_as_the_first_step(runs):
     """All but the weights, which cannot be had without network, and the size of the run."""
     tiny_imagenet(runs.parent / "path/to/tiny-imagenet-200", classes=4)
     food101(runs.parent / "path/to/food-101")
+    FAMILIES["DINOv2"](Path("dinov2-small"), 56)  # where a name of Hugging Face is looked for
     lines = [line for line in SHELL if line.startswith("python train.py")]
     assert len(lines) >= 3
     for line in lines:
         flags = arguments(line.replace("/path/to", "path/to"))
-        if parse(flags).model == "vit_b_16":
+        if parse(flags).weights in ("imagenet1k", "in21k"):
             flags += "--weights none --image-size 32 --amp off".split()
         assert train.main([*flags, *SMALL]) == 0, line
 
@@ -398,7 +400,8 @@ def test_the_table_of_recipes_is_the_recipes():
     for recipe, line in zip(RECIPES, lines, strict=True):
         c = Config(recipe=recipe)
         with torch.device("meta"):  # shapes without numbers: enough to count
-            model, _ = vit.build(c.model, "none", classes[c.dataset])
+            name = Config(recipe=recipe, weights="none").model
+            model, _ = vit.build(name, "none", classes[c.dataset])
         trainable, _ = adapt(model, **{key: getattr(c, key) for key in ADAPT})
         batch = f"{c.batch_size} x {c.grad_accum}" if c.grad_accum > 1 else str(c.batch_size)
         settings = [c.adapter, c.rank, f"{c.alpha:g}", c.targets, c.epochs, batch, f"{c.lr:g}"]
@@ -542,12 +545,22 @@ def test_from_which_rank_lokr_s_w2_is_one_matrix():
 
 
 def test_the_page_of_weights_says_where_they_come_from():
+    said = " ".join(TEXTS["weights-and-export.md"].split())
     rows = {
         cells(line)[0]: line for line in TEXTS["weights-and-export.md"].splitlines() if "|" in line
     }
-    for name, (source, _) in vit.PRETRAINED.items():
+    for name in weights.TORCHVISION:
+        source = weights.torchvision_source(name, "vit_b_16")
         assert source.url in rows[f"`{name}`"] and source.name in rows[f"`{name}`"]
-    assert inspect.signature(vit.find_in21k).parameters["url"].default in rows["`in21k`"]
+    assert weights.IN21K in rows["`in21k`"]
+    others = {"imagenet1k": ("vit_b_32", "vit_l_16", "vit_l_32"), "swag": ("vit_l_16", "vit_h_14")}
+    for name, models in others.items():
+        assert f"`{name}` ({', '.join(f'`{model}`' for model in models)})" in said
+        exist = []
+        for model in weights.TORCHVISION_MODELS[1:]:
+            with suppress(ValueError):
+                exist.append((model, weights.torchvision_source(name, model)))
+        assert [model for model, _ in exist] == [*models]
 
 
 def test_figures_of_speed_are_the_bench_s():

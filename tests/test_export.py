@@ -128,7 +128,7 @@ def test_pretrained_weights_of_hugging_face_need_no_copy(tmp_path):
         torch.testing.assert_close(theirs, model(IMAGES), rtol=0, atol=1e-5)
     export.from_peft(tmp_path / "folder", tmp_path / "back.safetensors")
     back, info = vit.load_adapter(tmp_path / "back.safetensors")
-    assert info["eps"] == 1e-12 and torch.equal(back(IMAGES), model(IMAGES))
+    assert info["shape"]["eps"] == 1e-12 and torch.equal(back(IMAGES), model(IMAGES))
 
 
 OLD = {
@@ -168,8 +168,9 @@ def test_older_transformers_find_every_layer_and_no_other(case, tmp_path):
     model = write_adapter(tmp_path / "a.safetensors", case)
     export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     theirs = peft.PeftModel.from_pretrained(old_tree(hf_vit(CLASSES)), tmp_path / "folder")
-    names = export.hf_names("vit_mini", "hf")
-    ours = {names[n]: m for n, m in model.named_modules() if hasattr(m, "delta_weight")}
+    names = export.hf_names("vit")[0]
+    adapters = {n: m for n, m in model.named_modules() if hasattr(m, "delta_weight")}
+    ours = {export.renamed(n, names): m for n, m in adapters.items()}
     found = {
         name.removeprefix("base_model.model."): m.get_delta_weight("default")
         for name, m in theirs.named_modules()
@@ -307,7 +308,7 @@ def keep(tensors):
         (keep, {"r": "3"}, "r: expected a number above 0, found '3'"),
         (keep, {"lora_alpha": None}, "lora_alpha: expected a number above 0, found None"),
         (keep, {"bias": "all"}, "bias: 'all', but adapter_model.safetensors holds no bias"),
-        (keep, {"base_model_name_or_path": "x/y"}, "base_model_name_or_path: .*--weights"),
+        (keep, {"base_model_name_or_path": "nowhere"}, "base_model_name_or_path: .*--weights"),
     ],
 )
 def test_a_wrong_folder_is_refused_with_key_expected_and_found(tensors, config, message, tmp_path):
@@ -395,10 +396,10 @@ def test_vit_b_16_and_its_eps_in_torchvision(tmp_path):
     for p in trunk.parameters():
         p.data *= 0.003 if p.ndim > 1 else 1  # eps matters for small activations
     info = {"adapter": "full", "rank": 4, "alpha": 4.0, "targets": "all", "bias": "none"}
-    info |= {"factor": -1, "decompose_both": False, "model": "vit_b_16", "weights": "none"}
-    info |= {"seed": 0, "trunk": "", "eps": 1e-12, "classes": CLASSES, "preprocessing": vit.HALF}
+    info |= {"factor": -1, "decompose_both": False, "shape": {**trunk.shape, "eps": 1e-12}}
+    info |= {"seed": 0, "weights": "none", "classes": CLASSES}
     info["trunk"] = checkpoint.fingerprint(trunk)
-    info["preprocessing"] = {**vit.HALF, "image_size": 224}
+    info["preprocessing"] = {**vit.HALF, "crop": 1.0, "image_size": 224}
     checkpoint.save_adapter(tmp_path / "trunk.safetensors", trunk, info)
     model = write_adapter(
         tmp_path / "a.safetensors", "lora", str(tmp_path / "trunk.safetensors"), "vit_b_16"

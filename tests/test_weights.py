@@ -1,18 +1,33 @@
-"""Pretrained weights of Hugging Face and timm: the logits of their own models, from every kind of file."""
+"""Pretrained weights of Hugging Face and timm: the logits of their own models, from every kind of file; and
+where they are looked for: caches, folders, and a server on this machine that stands in for Hugging Face."""
 
 import json
+import os
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 import pytest
+import timm
 import torch
-from hf import hf_vit, timm_vit
+import transformers
+from conftest import ROOT, wait_until
+from hf import hf_vit, randomise_all, refuse_network, timm_vit
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import ViTModel
 
-import attention
 import vit
-from engine import checkpoint
+from attention import split_attention
+from engine import checkpoint, weights
 from engine.adapt import ADAPT, adapt
+from engine.layouts import LAYOUTS, renamed
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    refuse_network(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +41,9 @@ def images():
     return torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
 
 
-def ours(weights, head: nn.Linear, **more) -> torch.Tensor:
+def ours(weights, head: nn.Linear, model="vit_mini") -> torch.Tensor:
     """The logits of our model with these weights and the other library's head."""
-    model, preprocessing = vit.build("vit_mini", str(weights), 3, **more)
+    model, preprocessing = vit.build(model, str(weights), 3)
     assert preprocessing["mean"] == preprocessing["std"] == [0.5] * 3
     model.heads.head.load_state_dict(head.state_dict())
     with torch.no_grad():
@@ -77,7 +92,7 @@ def test_hugging_face_s_logits_from_a_file(keys, suffix, tmp_path):
     logits = model(images()).logits
     torch.testing.assert_close(ours(path, model.classifier), logits, rtol=0, atol=1e-10)
     # the control: with torchvision's eps, the logits differ
-    wrong = ours(path, model.classifier, eps=1e-6)
+    wrong = ours(path, model.classifier, {"eps": 1e-6, "num_heads": 4})
     assert (wrong - logits).abs().max() > 1e-8
 
 
@@ -98,40 +113,70 @@ def test_hugging_face_s_logits_from_a_folder_that_it_saved(tmp_path):
     ("config", "found"),
     [
         ({}, {}),
-        ({"size": 224, "do_resize": True}, {}),  # as in google's in21k
-        ({"size": {"height": 224, "width": 224}, "do_center_crop": False}, {}),
+        ({"size": 224, "do_resize": True}, {"image_size": 224, "crop": 1.0}),  # google's in21k
         (
-            {"size": 256, "crop_size": 224, "do_center_crop": True},
-            {"image_size": 224, "crop": 0.875},
+            {"size": {"height": 84, "width": 84}, "do_center_crop": False, "crop_size": 70},
+            {"image_size": 84, "crop": 1.0},
         ),
+        ({"size": 64, "crop_size": 56, "do_center_crop": True}, {"image_size": 56, "crop": 0.875}),
         (
             {
-                "size": {"shortest_edge": 256},
-                "crop_size": {"height": 224, "width": 224},
+                "size": {"shortest_edge": 64},
+                "crop_size": {"height": 56, "width": 56},
                 "do_center_crop": True,
+                "resample": 3,
             },
-            {"image_size": 224, "crop": 0.875},
+            {"image_size": 56, "crop": 0.875, "interpolation": "bicubic"},
         ),
+        ({"resample": 2}, {"interpolation": "bilinear"}),
+        ({"resample": 1, "size": 35}, {"image_size": 35, "crop": 1.0, "interpolation": "bicubic"}),
     ],
     ids=str,
 )
 def test_images_are_prepared_as_the_folder_of_the_weights_says(config, found, tmp_path):
     model = hf_vit()
     model.save_pretrained(tmp_path)
-    assert vit.build("vit_mini", str(tmp_path), 3)[1] == {**vit.HALF, "image_size": 28}
+    rule = {**weights.HALF, "crop": 1.0, "interpolation": "bilinear", "image_size": 28}
+    assert vit.build("vit_mini", str(tmp_path), 3)[1] == rule
     config = config | {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     colours = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0]}
-    assert vit.preprocessing_in(tmp_path) == found | colours
-    expected = {**vit.HALF, **found, **colours, "image_size": 28}  # the model's
-    assert vit.build("vit_mini", str(tmp_path), 3)[1] == expected
+    assert weights.preprocessing_in(tmp_path) == found | colours
+    built, images = vit.build("vit_mini", str(tmp_path), 3)
+    assert images == rule | found | colours
+    assert built.encoder.pos_embedding.shape[1] == 1 + (images["image_size"] // 7) ** 2
+    images = vit.build("vit_mini", str(tmp_path), 3, image_size=42)[1]  # a flag comes first
+    assert images == rule | found | colours | {"image_size": 42}
 
 
-def test_a_crop_larger_than_the_image_is_refused(tmp_path):
-    config = {"size": {"shortest_edge": 100}, "crop_size": {"height": 112}, "do_center_crop": True}
+def test_a_side_that_is_no_multiple_of_the_patch_leaves_the_model_s_own(tmp_path):
+    hf_vit().save_pretrained(tmp_path)
+    for size, side in [(30, 28), (518, 224), (63, 63)]:  # 518: DINOv2, which is used at 224
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+        assert vit.build("vit_mini", str(tmp_path), 3)[1]["image_size"] == side
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"size": {"shortest_edge": 100}, "crop_size": {"height": 112}, "do_center_crop": True},
+            r"crop_size: expected at most 100, .* found 112",
+        ),
+        ({"size": -1}, r"size: expected a number above 0, found -1"),
+        ({"size": [224, 224]}, r"size: expected a number above 0, found \[224, 224\]"),
+        ({"image_mean": 0.5}, r"image_mean: expected three numbers, found 0\.5"),
+        ({"image_std": [1, 2]}, r"image_std: expected three numbers, found \[1, 2\]"),
+        ({"image_std": [1, 2, "3"]}, r"image_std: expected three numbers, found \[1, 2, '3'\]"),
+        ({"resample": 9}, r"resample: expected bilinear or bicubic"),
+    ],
+    ids=str,
+)
+def test_a_wrong_preprocessor_config_is_refused_with_the_key(config, message, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"crop_size: expected at most 100, .* found 112"):
-        vit.preprocessing_in(tmp_path)
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json: {message}") as error:
+        weights.preprocessing_in(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_timm_s_logits(tmp_path):
@@ -141,8 +186,12 @@ def test_timm_s_logits(tmp_path):
     torch.testing.assert_close(logits, model(images()), rtol=0, atol=1e-10)
 
 
-def test_an_adapter_file_stores_the_eps_of_its_pretrained_weights(tmp_path):
-    """With --adapter full too, where no pretrained weights are loaded."""
+@pytest.mark.parametrize("before", [False, True])
+def test_an_adapter_file_stores_the_eps_of_its_pretrained_weights(before, tmp_path):
+    """With --adapter full too, where no pretrained weights are loaded.
+
+    before: as files were before they held the shape, with the model's name and the eps.
+    """
     model = hf_vit(layer_norm_eps=1e-3)
     model.save_pretrained(tmp_path / "trunk")
     for adapter in ("lora", "full"):
@@ -151,39 +200,45 @@ def test_an_adapter_file_stores_the_eps_of_its_pretrained_weights(tmp_path):
         info = {key: None for key in ADAPT} | dict(
             adapter=adapter, rank=4, alpha=32.0, targets="all", bias="none", factor=-1
         )
-        info |= {"decompose_both": False, "model": "vit_mini", "weights": str(tmp_path / "trunk")}
+        info |= {"decompose_both": False, "weights": str(tmp_path / "trunk")}
         info |= {"seed": 0, "trunk": checkpoint.fingerprint(built), "classes": ["a", "b", "c"]}
-        info |= {"preprocessing": preprocessing, "eps": built.encoder.ln.eps}
+        info |= {"preprocessing": preprocessing}
+        if before:
+            del preprocessing["interpolation"]
+            info |= {"model": "vit_mini", "eps": 1e-3}
+        else:
+            info |= {"shape": built.shape}
         path = tmp_path / f"{adapter}.safetensors"
         checkpoint.save_adapter(path, built, info)
         loaded, _ = vit.load_adapter(path)
         assert loaded.encoder.layers[2].ln_1.eps == 1e-3
         assert torch.equal(loaded(images()), built.eval()(images()))
-    trunk, _ = vit.build("vit_mini", str(path), 3)  # the fully trained model as pretrained weights
-    assert trunk.encoder.ln.eps == 1e-3
+        changed = info | ({"eps": 1e-6} if before else {"shape": built.shape | {"eps": 1e-6}})
+        checkpoint.save_adapter(tmp_path / "control.safetensors", built, changed)
+        control, _ = vit.load_adapter(tmp_path / "control.safetensors")
+        assert not torch.equal(control(images()), loaded(images()))
+    # the fully trained model as pretrained weights
+    trunk, found = vit.build(None, str(path), 3)
+    assert trunk.encoder.ln.eps == 1e-3 and trunk.shape["num_heads"] == 4
+    assert found == {"interpolation": "bilinear", **preprocessing}
 
 
-def snapshot(home):
-    return (
-        home / "hub" / "models--google--vit-base-patch16-224-in21k" / "snapshots" / "b4569560a39a"
-    )
+def snapshot(home, name="google/vit-base-patch16-224-in21k"):
+    return home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / "b4569560a39a"
 
 
 def published(folder, seed=0):
     """Write a file in the published layout, at full size but in float16; return its tensors."""
     with torch.device("meta"):
-        trunk = vit.VisionTransformer(**vit.MODELS["vit_b_16"])
-        trunk = attention.split_attention(trunk)
-    theirs = vit.names("vit_b_16", "hf")
+        trunk = split_attention(vit.trunk(**vit.named_shape("vit_b_16")))
     generator = torch.Generator().manual_seed(seed)
     tensors = {"pooler.dense.bias": torch.zeros(768, dtype=torch.float16)}
     for name, p in trunk.named_parameters():
-        module, _, last = name.rpartition(".")
-        key = theirs.get(name) or f"{theirs.get(module)}.{last}"
         if not name.startswith("heads."):
             values = torch.randn(p.numel() % 97 + 1, generator=generator, dtype=torch.float32)
             values = values.repeat(p.numel() // len(values) + 1)[: p.numel()]
-            tensors[key] = (0.02 * values).reshape(p.shape).half()
+            tensors[renamed(name, LAYOUTS["vit"])] = (0.02 * values).reshape(p.shape).half()
+    assert "encoder.layer.11.attention.attention.query.weight" in tensors
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors")
     return tensors
@@ -191,19 +246,20 @@ def published(folder, seed=0):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """The home of a machine without pretrained weights."""
+    """The home of a machine without pretrained weights and without a network."""
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(vit, "KAGGLE", tmp_path / "kaggle")
+    monkeypatch.setattr(weights, "KAGGLE", tmp_path / "kaggle" / "input")
     return tmp_path
 
 
 def test_in21k_is_read_from_hugging_face_s_cache(machine):
     tensors = published(snapshot(machine / "home"))
-    model, preprocessing = vit.build("vit_b_16", "in21k", 7)
+    model, preprocessing = vit.build(None, "in21k", 7)
     key = "encoder.layer.7.attention.attention.value.weight"
     value = model.encoder.layers.encoder_layer_7.self_attention.value.weight
     assert torch.equal(value, tensors[key].float())
@@ -212,43 +268,385 @@ def test_in21k_is_read_from_hugging_face_s_cache(machine):
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
         "crop": 1.0,
+        "interpolation": "bilinear",
         "image_size": 224,
     }
+    assert model.shape["num_heads"] == 12
+    with pytest.raises(ValueError, match="these are another model's weights"):
+        vit.build("vit_mini", "in21k")
+
+
+DINO = "facebook/dinov2-small"
+AUGREG = "timm/vit_small_patch16_224.augreg_in21k"
+BESIDE = ("config.json", "preprocessor_config.json")
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A tiny DINOv2 as it lies on Hugging Face. A wrong number of heads, eps, mean or filter shows."""
+    folder = tmp_path_factory.mktemp("hub") / "dinov2-small"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "mlp_ratio": 2}
+    config = transformers.Dinov2Config(
+        **sizes, image_size=28, patch_size=14, layer_norm_eps=1e-3, num_labels=3
+    )
+    model = randomise_all(transformers.Dinov2Model(config))
+    model.float().save_pretrained(folder)
+    images = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0], "resample": 3}
+    images |= {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 56}}
+    images["do_center_crop"] = True
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def check_dino(repository, name=DINO, file="model.safetensors"):
+    """The weights of this name give the features of their own model; returns the file that was read."""
+    path = weights.find(name)
+    assert path.name == file
+    built, found = vit.build(None, name, 3)
+    assert found == {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [1.0, 2.0, 3.0],
+        "crop": 0.875,
+        "interpolation": "bicubic",
+        "image_size": 56,
+    }
+    assert built.shape["num_heads"] == 8 and built.encoder.ln.eps == 1e-3
+    x = torch.linspace(-2, 2, 2 * 3 * 28 * 28).reshape(2, 3, 28, 28).sin()
+    theirs = transformers.Dinov2Model.from_pretrained(repository).eval()(x).pooler_output
+    built, _ = vit.build(None, name, 3, image_size=28)
+    built.heads = nn.Identity()
+    torch.testing.assert_close(built.eval()(x), theirs, rtol=0, atol=1e-4)
+    return path
+
+
+def put(repository, folder, files=("model.safetensors", *BESIDE)):
+    folder.mkdir(parents=True)
+    for file in files:
+        (folder / file).write_bytes((repository / file).read_bytes())
 
 
 @pytest.mark.parametrize(
-    "folder", ["vit-base-patch16-224-in21k", "kaggle/a/b/vit-base-patch16-224-in21k/1"]
+    "folder",
+    [
+        "home/hub/models--facebook--dinov2-small/snapshots/ed25f3a31f01",
+        "dinov2-small",
+        "torch/hub/checkpoints/facebook--dinov2-small",
+        "kaggle/input/dinov2-small/x",
+        "kaggle/input/dinov2-small",
+        "kaggle/input/models/someone/DINOv2_Small/pytorch/1",
+    ],
+)
+def test_a_name_of_hugging_face_is_found_in_the_known_folders(folder, machine, repository):
+    with pytest.raises(OSError, match="cannot be downloaded"):  # the control
+        weights.find(DINO)
+    put(repository, machine / folder)
+    assert check_dino(repository).samefile(machine / folder / "model.safetensors")
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        weights.find("facebook/dinov2-base")
+    for other in ("other--dinov2-small", "facebook--dinov2-small-not"):
+        (machine / "torch/hub/checkpoints" / other).mkdir(parents=True)
+    assert check_dino(repository).samefile(machine / folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+def test_hugging_face_s_cache_has_links_and_may_lie_elsewhere(
+    variable, machine, repository, monkeypatch
+):
+    """A snapshot's files are links to blobs, whose names are hashes."""
+    root = machine / "elsewhere" / ("hub" if variable == "HF_HOME" else "")
+    blobs = root / "models--facebook--dinov2-small" / "blobs"
+    folder = blobs.parent / "snapshots" / "ed25f3a31f01"
+    put(repository, blobs)
+    folder.mkdir(parents=True)
+    for i, file in enumerate(("model.safetensors", *BESIDE)):
+        (blobs / file).rename(blobs / (f"{i}" * 40))
+        (folder / file).symlink_to(f"../../blobs/{f'{i}' * 40}")
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        weights.find(DINO)
+    monkeypatch.setenv(variable, str(machine / "elsewhere"))
+    assert check_dino(repository).parent == folder
+    # a snapshot whose file is gone is none: the cache was cleaned
+    (blobs / ("0" * 40)).unlink()
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        weights.find(DINO)
+
+
+@pytest.mark.parametrize("file", weights.FILES)
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "home/hub/models--timm--vit_small_patch16_224.augreg_in21k/snapshots/1",
+        "vit_small_patch16_224.augreg_in21k",
+        "torch/hub/checkpoints/timm--vit_small_patch16_224.augreg_in21k",
+        "kaggle/input/vit-small-patch16-224-augreg-in21k",
+        "kaggle/input/x/vit_small_patch16_224.augreg_in21k/1",
+    ],
+)
+def test_names_of_timm_have_dots_and_underscores(folder, file, machine):
+    with pytest.raises(OSError, match="cannot be downloaded"):  # the control
+        weights.find(AUGREG)
+    (machine / folder).mkdir(parents=True)
+    (machine / folder / file).write_bytes(b"")
+    assert weights.find(AUGREG).samefile(machine / folder / file)
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        weights.find("timm/vit_small_patch32_224.augreg_in21k")
+
+
+@pytest.mark.parametrize(
+    "folder", ["vit-base-patch16-224-in21k", "kaggle/input/a/b/vit-base-patch16-224-in21k/1"]
 )
 def test_in21k_is_found_in_the_known_folders(folder, machine):
     (machine / folder).mkdir(parents=True)
     (machine / folder / "pytorch_model.bin").write_bytes(b"")
-    assert (machine / folder / "pytorch_model.bin").samefile(vit.find_in21k())
+    assert (machine / folder / "pytorch_model.bin").samefile(weights.find("in21k"))
 
 
-def test_in21k_is_downloaded_once_and_a_failure_is_one_line(machine):
-    (machine / "remote").mkdir()
-    save_file({"x": torch.ones(1)}, machine / "remote" / "model.safetensors")
-    url = (machine / "remote" / "model.safetensors").as_uri()
-    with pytest.raises(OSError, match=r"hf download google/vit-base") as error:
-        vit.find_in21k(url + "-not")
-    assert str(machine / "home") in str(error.value) and "\n" not in str(error.value)
-    broken = machine / "remote" / "broken"
-    broken.write_bytes((machine / "remote" / "model.safetensors").read_bytes()[:-2])
-    with pytest.raises(OSError, match=r"cannot be downloaded \(.*ncomplete"):
-        vit.find_in21k(broken.as_uri())
-    file = vit.find_in21k(url)
-    assert file.read_bytes() == (machine / "remote" / "model.safetensors").read_bytes()
-    assert vit.find_in21k("file:///nowhere") == file
+class Hub(ThreadingHTTPServer):
+    """Stands in for Hugging Face: files by path, and what goes wrong with them."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files, self.asked, self.wrong = {}, [], {}
+        self.stalled, self.go_on = threading.Event(), threading.Event()
+
+    def serve(self, repository, name=DINO, files=("model.safetensors", *BESIDE)):
+        self.files = {f"/{name}/resolve/main/{f}": (repository / f).read_bytes() for f in files}
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = unquote(self.path)
+        file = path.rpartition("/")[2]
+        wrong = self.server.wrong.get(file)
+        self.server.asked.append(file)
+        body = self.server.files.get(path)
+        if isinstance(wrong, int) or body is None:
+            self.send_error(wrong or 404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if wrong == "cut":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+        elif wrong == "stall":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.server.stalled.set()
+            self.server.go_on.wait(60)
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(machine, monkeypatch):
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+    yield server
+    server.go_on.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def downloads(machine) -> list[str]:
+    """What lies in torch's cache."""
+    return sorted(p.name for p in machine.glob("torch/hub/checkpoints/*"))
+
+
+def test_a_name_of_hugging_face_is_downloaded_once_with_what_lies_beside(hub, machine, repository):
+    hub.serve(repository)
+    path = weights.find(DINO)
+    assert path == machine / "torch/hub/checkpoints/facebook--dinov2-small/model.safetensors"
+    assert sorted(hub.asked) == sorted([*BESIDE, "model.safetensors"])
+    assert downloads(machine) == ["facebook--dinov2-small"]
+    for file in (path.name, *BESIDE):
+        assert (path.parent / file).read_bytes() == (repository / file).read_bytes()
+    assert len(list(path.parent.iterdir())) == 3
+    hub.files.clear()  # the second time, nothing is asked for
+    assert check_dino(repository) == path
+    assert len(hub.asked) == 3
+    (path.parent / "model.safetensors").unlink()  # the control
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        weights.find(DINO)
+    assert len(hub.asked) > 3
+
+
+def test_in21k_is_downloaded_from_google_s(hub, machine, repository):
+    hub.serve(repository, weights.IN21K)
+    path = weights.find("in21k")
+    assert path.parent.name == "google--vit-base-patch16-224-in21k"
+    assert weights.find("in21k") == path == weights.find(weights.IN21K)
+    assert len(hub.asked) == 3
+
+
+def test_only_pytorch_model_bin_is_there(hub, machine, repository):
+    hub.serve(repository, files=("pytorch_model.bin", *BESIDE))
+    check_dino(repository, file="pytorch_model.bin")
+    assert hub.asked.count("model.safetensors") == hub.asked.count("pytorch_model.bin") == 1
+    assert len(hub.asked) == 4
+    folder = machine / "torch/hub/checkpoints/facebook--dinov2-small"
+    assert {p.name for p in folder.iterdir()} == {"pytorch_model.bin", *BESIDE}
+
+
+def test_no_config_is_fine_and_rules_apply(hub, machine, capsys):
+    """timm's augreg: 6 heads of 64, eps 1e-6, mean 0.5. The rules are printed."""
+    folder = machine / "remote"
+    folder.mkdir()
+    sizes = {"embed_dim": 192, "depth": 1, "num_heads": 3, "img_size": 28, "patch_size": 14}
+    model = randomise_all(timm.models.VisionTransformer(**sizes, num_classes=3)).float()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    hub.serve(folder, AUGREG, ["model.safetensors"])
+    built, found = vit.build(None, AUGREG, 3)
+    said = capsys.readouterr().out
+    assert "3 heads (width / 64)" in said and "eps 1e-06" in said and "timm's augreg" in said
+    assert built.shape["num_heads"] == 3 and found["mean"] == [0.5] * 3
+    built.heads.head.load_state_dict(model.head.state_dict())
+    x = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(built.eval()(x), model(x), rtol=0, atol=1e-4)
+    # the control: with its config.json, that decides, and nothing is printed
+    path = weights.find(AUGREG)
+    config = {"architecture": "deit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}
+    config["pretrained_cfg"] |= {"std": [1, 2, 3], "crop_pct": 0.8, "interpolation": "bilinear"}
+    path.with_name("config.json").write_text(json.dumps(config))
+    built, found = vit.build(None, AUGREG, 3)
+    assert (found["mean"], found["std"], found["crop"]) == ([0.1, 0.2, 0.3], [1, 2, 3], 0.8)
+    assert found["interpolation"] == "bilinear"
+
+
+def test_a_repository_without_tensors_is_one_line(hub, machine, repository):
+    hub.serve(repository, files=BESIDE)
+    with pytest.raises(
+        OSError, match=r"it has no model\.safetensors or pytorch_model\.bin"
+    ) as error:
+        vit.build(None, DINO)
+    for text in (DINO, "hf download", "kaggle/input", "./dinov2-small", "home/hub", "torch/hub"):
+        assert text in str(error.value)
+    assert str(hub.server_port) in str(error.value) and "\n" not in str(error.value)
+    assert downloads(machine) == []
+
+
+@pytest.mark.parametrize("wrong", ["cut", 401, 500])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", *BESIDE])
+def test_a_download_that_fails_leaves_nothing_and_is_tried_again(
+    file, wrong, hub, machine, repository
+):
+    """cut: the connection breaks off in the middle. An error is not taken for a missing config.json."""
+    tensors = file if file not in BESIDE else "model.safetensors"
+    hub.serve(repository, files=(tensors, *BESIDE))
+    hub.wrong[file] = wrong
+    with pytest.raises(
+        OSError, match=r"--weights facebook/dinov2-small: .*cannot be downloaded"
+    ) as error:
+        vit.build(None, DINO)
+    assert "\n" not in str(error.value)
+    assert file in hub.asked and downloads(machine) == []
+    hub.wrong.clear()
+    check_dino(repository, file=tensors)
+    assert downloads(machine) == ["facebook--dinov2-small"]
+
+
+def test_a_killed_download_is_not_taken_for_whole(hub, machine, repository, start):
+    hub.serve(repository)
+    hub.wrong["model.safetensors"] = "stall"
+    code = f"from engine import weights; weights.find({DINO!r})"
+    process = start([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    wait_until(hub.stalled.is_set, lambda: process.poll() is None)
+    cache = machine / "torch/hub/checkpoints"
+    process.kill()
+    process.wait()
+    hub.go_on.set()
+    # the control: half a download lies there, with a whole config.json
+    left = {p.name for p in cache.glob("*/*")}
+    assert {*BESIDE} < left and any(".partial" in name for name in left)
+    assert not (cache / "facebook--dinov2-small").exists()
+    hub.wrong = dict.fromkeys(("model.safetensors", *BESIDE), 503)
+    with pytest.raises(OSError, match="503"):
+        weights.find(DINO)
+    hub.wrong.clear()
+    check_dino(repository)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (open, ("bomb-went-off", "w"))
+
+
+def test_a_malicious_bin_is_refused_and_not_run(hub, machine):
+    (machine / "folder").mkdir()
+    torch.save({**old_names(hf_vit()), "more": Bomb()}, "folder/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a file of tensors"):
+        vit.build("vit_mini", "folder")
+    hub.serve(machine / "folder", "some/one", ["pytorch_model.bin"])
+    with pytest.raises(OSError, match=r"pytorch_model\.bin: not a file of tensors") as error:
+        vit.build(None, "some/one")
+    assert "pytorch_model.bin" in hub.asked and "\n" not in str(error.value)
+    assert downloads(machine) == []
+    assert not (machine / "bomb-went-off").exists()
+    torch.load("folder/pytorch_model.bin", weights_only=False)
+    assert (machine / "bomb-went-off").exists(), "the control: unpickling runs its code"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runs/x.pth",
+        "runs/x.safetensors",
+        "x.bin",
+        "a/b/c",
+        "./a/b",
+        "/a/b",
+        "imagenet",
+        "a/",
+        "a b/c",
+    ],
+)
+def test_a_mistyped_path_is_no_name_and_asks_no_network(path, hub, machine):
+    for function in (weights.check_weights, weights.find, lambda path: vit.build(None, path)):
+        with pytest.raises(FileNotFoundError, match=r"no such file, and no such name") as error:
+            function(path)
+        assert path in str(error.value) and "\n" not in str(error.value)
+    assert hub.asked == []
+    weights.check_weights("runs/x")  # the control: this may be a name, and is asked for
+    with pytest.raises(OSError, match="cannot be downloaded"):
+        weights.find("runs/x")
+    assert hub.asked
+
+
+def test_a_full_name_keeps_names_and_makes_paths_absolute(machine):
+    for name in (*weights.NAMES, DINO, AUGREG):
+        weights.check_weights(name)
+        assert weights.full_name(name) == name
+    assert weights.full_name("runs/x.pth") == str(machine / "runs/x.pth")
+    (machine / DINO).mkdir(parents=True)  # a folder here comes first
+    assert weights.full_name(DINO) == str(machine / DINO)
+    assert not weights.is_hub_name(DINO)
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or .* found nothing"):
+        weights.find(DINO)
+
+
+def test_a_folder_here_is_read_before_a_name_is_asked_for(hub, machine, repository):
+    put(repository, machine / DINO)
+    check_dino(repository)
+    assert hub.asked == []
 
 
 def test_wrong_files_are_refused_with_the_key(tmp_path):
     state = old_names(hf_vit())
     key = "encoder.layer.3.attention.attention.query.weight"
     for change, message in [
-        (lambda s: s.pop("vit." + key), rf"{key}: expected a tensor, found none"),
+        (lambda s: s.pop("vit." + key), rf"vit\.{key}: expected a tensor, found none"),
         (
-            lambda s: s.update({"vit.embeddings.mask_token": torch.ones(1)}),
-            "mask_token: expected no",
+            lambda s: s.update({"vit.embeddings.more": torch.ones(1)}),
+            r"embeddings\.more: expected no",
         ),
         (lambda s: s.update({"vit." + key: torch.ones(2, 2)}), r"\(128, 128\), found \(2, 2\)"),
     ]:
@@ -258,25 +656,10 @@ def test_wrong_files_are_refused_with_the_key(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             vit.build("vit_mini", str(tmp_path / "wrong.safetensors"))
         assert "wrong.safetensors" in str(error.value) and "\n" not in str(error.value)
+    # a mask token, of masked pretraining, is left out
+    save_file({**state, "vit.embeddings.mask_token": torch.ones(1)}, tmp_path / "mask.safetensors")
+    vit.build("vit_mini", str(tmp_path / "mask.safetensors"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"layer_norm_eps": 1e-12}))
     with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or .* found config"):
         vit.build("vit_mini", str(tmp_path / "folder"))
-    with pytest.raises(ValueError, match="--weights in21k: these are vit_b_16's"):
-        vit.build("vit_mini", "in21k")
-
-
-class Bomb:
-    def __reduce__(self):
-        return (open, ("bomb-went-off", "w"))
-
-
-def test_a_malicious_bin_is_refused_and_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    torch.save({**old_names(hf_vit()), "more": Bomb()}, "folder/pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin: not a file of tensors"):
-        vit.build("vit_mini", "folder")
-    assert not (tmp_path / "bomb-went-off").exists()
-    torch.load("folder/pytorch_model.bin", weights_only=False)
-    assert (tmp_path / "bomb-went-off").exists(), "the control: unpickling runs its code"

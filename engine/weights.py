@@ -1,0 +1,472 @@
+"""Pretrained weights: where they lie, and what they and the files beside them say.
+
+    pretrained = read("facebook/dinov2-small")   # Hugging Face's cache, a Kaggle input, or a download
+    pretrained = read("vit.safetensors")         # a file or a folder
+    pretrained = read("swag", "vit_l_16")        # torchvision's
+
+Tensors do not say how many heads a trunk has, its LayerNorm's eps, its activation, or which images it was
+trained on. The config.json beside them does. Where it is missing, rules apply, and `notes` says which.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import HTTPError
+
+import torch
+from safetensors import SafetensorError
+from torchvision.models import WeightsEnum, get_model_weights
+
+from engine.files import first_line, optional_json, read_json, read_tensors
+from engine.layouts import ELSEWHERE, shape_of, to_ours
+
+TORCHVISION = {"imagenet1k": "IMAGENET1K_V1", "swag": "IMAGENET1K_SWAG_LINEAR_V1"}
+TORCHVISION_MODELS = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14")
+IN21K = "google/vit-base-patch16-224-in21k"
+NAMES = (*TORCHVISION, "in21k", "embedded", "none")  # all else is OWNER/NAME, a file or a folder
+EMBEDDED = Path(__file__).parent.parent / "assets" / "vit_mini.safetensors"
+KAGGLE = Path("/kaggle/input")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+FILES = (  # the tensors of a folder, by Hugging Face's and OpenCLIP's names
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+BESIDE = ("config.json", "preprocessor_config.json")  # small files that say what the tensors do not
+
+# mean and std of each channel, for values in 0..1
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+OPENAI = {
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+}
+FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # PIL's
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}  # by width, of the models that are known
+EPS = {"vit": 1e-12, "vit5": 1e-12, "clip": 1e-5, "openclip": 1e-5}  # by layout; all others: 1e-6
+
+
+@dataclass
+class Pretrained:
+    """A trunk as its files describe it."""
+
+    state: dict[str, torch.Tensor]  # under our names, without the head
+    shape: dict  # the arguments of vit.trunk
+    images: dict  # how it wants its images: image_size, mean, std, crop, interpolation
+    notes: list[str]  # what no file says: the rule that was taken
+
+
+def read(weights: str, model: str | None = None, given: dict | None = None) -> Pretrained:
+    """Read pretrained weights.
+
+    weights: any of NAMES but "none"; OWNER/NAME on Hugging Face; or a file or folder.
+    model: for imagenet1k and swag, which of torchvision's models.
+    given: the part of the shape that is known, such as num_heads, which tensors do not say.
+    Raises OSError for what cannot be found or read, ValueError for what is no plain ViT or is incomplete.
+    """
+    if weights in TORCHVISION:
+        source = torchvision_source(weights, model or "vit_b_16")
+        state, metadata, path = torchvision_state(source, weights), {}, Path(Path(source.url).name)
+    else:
+        path = find(weights)
+        state, metadata = read_tensors(path)
+    try:
+        return described(state, metadata, path, given or {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretrained:
+    """The tensors of a file under our names, with all that the file and those beside it say."""
+    state, layout = to_ours(state)
+    shape, notes = shape_of(state), []
+    for key in shape.keys() & given.keys() - {"image_size"}:
+        if shape[key] != given[key]:
+            raise ValueError(
+                f"{key}: expected {given[key]}, found {shape[key]}: these are another model's weights"
+            )
+    if "preprocessing" in metadata:  # the file of a run with --adapter full
+        images = json.loads(metadata["preprocessing"])
+        eps = json.loads(metadata.get("eps", "1e-6"))
+        known = {"eps": eps, **json.loads(metadata.get("shape", "{}"))}
+        if metadata.get("model") == "vit_mini":  # written before files held their shape
+            known["num_heads"] = 4
+    else:
+        config = {} if torchvision_by_file(path) else config_beside(path)
+        known = {
+            "eps": eps_of(config, layout, shape, notes),
+            "activation": activation_of(config, shape),
+            "pool": pool_of(config, shape, notes),
+            "num_heads": config.get("num_attention_heads"),
+        }
+        images = images_of(config, path, layout, shape, notes)
+    wanted, said = given.get("num_heads"), known.get("num_heads")
+    if wanted and said and wanted != said:
+        raise ValueError(f"expected {wanted} attention heads, found {said} in the file beside it")
+    heads = wanted or said or heads_of(path, shape, notes)
+    if not isinstance(heads, int) or heads < 1 or shape["hidden_dim"] % heads:
+        raise ValueError(
+            f"expected a number of heads that divides the width, {shape['hidden_dim']}, found {heads!r}"
+        )
+    return Pretrained(state, {**known, **shape, "num_heads": heads}, images, notes)
+
+
+def config_beside(path: Path) -> dict:
+    """What config.json beside a file says, in Hugging Face's words. From timm's and OpenCLIP's, too."""
+    config = optional_json(path.with_name("config.json"))
+    openclip = optional_json(path.with_name("open_clip_config.json"))
+    if path.name.startswith("open_clip") and openclip:
+        model = openclip.get("model_cfg", {})
+        vision = model.get("vision_cfg", {})
+        config = {
+            "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+            "images": openclip.get("preprocess_cfg", {}),
+        }
+        if "width" in vision:
+            config["num_attention_heads"] = vision["width"] // vision.get("head_width", 64)
+    elif "architecture" in config or "pretrained_cfg" in config:
+        images = config.get("pretrained_cfg") or config
+        name = str(config.get("architecture") or images.get("architecture"))
+        quick = "quick_gelu" if "quickgelu" in name else "gelu"
+        heads = (config.get("model_args") or {}).get("num_heads")  # of models with other arguments
+        config = {"architecture": name, "hidden_act": quick, "images": images}
+        config["num_attention_heads"] = heads
+    elif str(config.get("model_type")).startswith("clip"):
+        # These two are CLIPVisionConfig's defaults, which a file may leave out.
+        vision = config.get("vision_config") or config
+        config = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **vision}
+    of_a_model = config.keys() & {"model_type", "hidden_act"}
+    return config if of_a_model else {}
+
+
+def eps_of(config: dict, layout: str, shape: dict, notes: list[str]) -> float:
+    """The eps of every LayerNorm."""
+    eps = config.get("layer_norm_eps", EPS.get(layout, 1e-5 if shape["pre_norm"] else 1e-6))
+    if not isinstance(eps, int | float) or eps <= 0:
+        raise ValueError(f"config.json: layer_norm_eps: expected a number above 0, found {eps!r}")
+    if not config and layout not in ("ours", "torchvision"):
+        notes.append(f"LayerNorm eps {eps:g}")
+    return eps
+
+
+def pool_of(config: dict, shape: dict, notes: list[str]) -> str:
+    """What the head reads: the class token, or the mean of the patches if there is none."""
+    if shape["prefix_tokens"]:
+        return "class"
+    if "siglip" in config.get("architecture", ""):
+        raise ValueError(f"this is SigLIP: {ELSEWHERE}")
+    if not config:
+        notes.append("no class token: the head reads the mean of the patches")
+    return "mean"
+
+
+def activation_of(config: dict, shape: dict) -> str:
+    """The activation in the MLPs: gelu, quick_gelu or swiglu."""
+    if "activation" in shape:
+        return shape["activation"]
+    found = config.get("hidden_act")
+    if found is None and shape["pre_norm"]:
+        raise ValueError(
+            "CLIP's image tower, whose tensors do not say if its activation is gelu or quick_gelu: put its "
+            "config.json (or open_clip_config.json) beside it"
+        )
+    if found not in (None, "gelu", "quick_gelu"):
+        raise ValueError(f"config.json: hidden_act: expected gelu or quick_gelu, found {found!r}")
+    return found or "gelu"
+
+
+def heads_of(path: Path, shape: dict, notes: list[str]) -> int:
+    """The number of heads by a rule. Raises ValueError where no rule is safe."""
+    width = shape["hidden_dim"]
+    named = torchvision_by_file(path) or "architecture" in config_beside(path)
+    if named and width in HEADS:
+        return HEADS[width]
+    if 192 <= width <= 1024 and width % 64 == 0 and shape["prefix_tokens"]:
+        notes.append(f"{width // 64} heads (width / 64)")
+        return width // 64
+    known = f"; known models of width {width} have {HEADS[width]}" if width in HEADS else ""
+    raise ValueError(
+        f"no config.json beside it says the number of attention heads: expected --heads N{known}"
+    )
+
+
+def images_of(config: dict, path: Path, layout: str, shape: dict, notes: list[str]) -> dict:
+    """How the images of these weights are prepared: image_size, mean, std, crop and interpolation."""
+    words = f"{config.get('model_type')} {path.name}".lower()
+    images, rule = images_by_rule(words, layout, shape)
+    if (source := torchvision_by_file(path)) is not None:
+        theirs = torchvision_images(source)
+    else:
+        theirs = preprocessing_in(path.parent) or images_in_cfg(config.get("images") or {}, path)
+    if not {"mean", "std"} <= theirs.keys():
+        notes.append(f"images as for {rule}")
+    images |= theirs
+    if images["image_size"] == 518:  # DINOv2's last epochs; almost everybody uses 224
+        images["image_size"] = 224
+    if images["image_size"] % shape["patch_size"]:
+        images["image_size"] = shape["image_size"]
+    return images
+
+
+def images_by_rule(words: str, layout: str, shape: dict) -> tuple[dict, str]:
+    """The preparation of images that fits such tensors best, and whose it is.
+
+    words: the file's name and what else may name the family.
+    """
+    size = shape["image_size"]
+    plain = {"image_size": size, "crop": 1.0, "interpolation": "bilinear"}
+    bicubic = {"image_size": size, "crop": 0.9 if size < 384 else 1.0, "interpolation": "bicubic"}
+    if layout in ("ours", "torchvision"):
+        return {**IMAGENET, **plain, "crop": 224 / 256}, "torchvision's IMAGENET1K_V1"
+    if shape["pre_norm"]:
+        return {**OPENAI, **bicubic, "crop": 1.0}, "OpenAI's CLIP"
+    if shape["layer_scale"] and size == 518:
+        return {**IMAGENET, **bicubic, "crop": 224 / 256}, "DINOv2"
+    if shape["layer_scale"] or shape["prefix_tokens"] == 2:
+        return {**IMAGENET, **bicubic}, "DeiT"
+    if named := re.search("deit|dino|mae|jepa", words):
+        return {**IMAGENET, **bicubic}, named[0].upper()
+    if layout in ("vit", "vit5"):
+        return {**HALF, **plain}, "google's ViT"
+    return {**HALF, **bicubic}, "timm's augreg"
+
+
+def preprocessing_in(folder: Path) -> dict:
+    """What a folder's preprocessor_config.json (Hugging Face's) says: mean, std, image_size, crop and
+    interpolation. Empty if there is no such file."""
+    file = folder / "preprocessor_config.json"
+    theirs = optional_json(file)
+    keys = {"mean": "image_mean", "std": "image_std"}
+    found = {ours: triple(theirs[key], key, file) for ours, key in keys.items() if key in theirs}
+    if "resample" in theirs:
+        found["interpolation"] = interpolation(FILTERS.get(theirs["resample"]), "resample", file)
+    # Older files have plain numbers: size is the shorter side, crop_size the side of a square.
+    edge, crop = theirs.get("size"), theirs.get("crop_size")
+    edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, dict) else edge
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    crop = crop if theirs.get("do_center_crop") and crop is not None else edge
+    if edge is not None:
+        for value, key in ((edge, "size"), (crop, "crop_size")):
+            check_number(value, key, file)
+        if crop > edge:
+            raise ValueError(
+                f"{file}: crop_size: expected at most {edge}, the size of the resized images, found {crop}"
+            )
+        found |= {"image_size": int(crop), "crop": crop / edge}
+    if "crop_pct" in theirs:  # sizes in whole pixels round it
+        check_number(theirs["crop_pct"], "crop_pct", file)
+        found["crop"] = min(1.0, theirs["crop_pct"])
+    return found
+
+
+def images_in_cfg(cfg: dict, path: Path) -> dict:
+    """What timm's pretrained_cfg or OpenCLIP's preprocess_cfg say, as preprocessing_in does."""
+    file, found = path.with_name("config.json"), {}
+    for key in ("mean", "std"):
+        if key in cfg:
+            found[key] = triple(cfg[key], key, file)
+    if "crop_pct" in cfg:
+        check_number(cfg["crop_pct"], "crop_pct", file)
+        found["crop"] = min(1.0, cfg["crop_pct"])
+    if "input_size" in cfg:
+        found["image_size"] = int(triple(cfg["input_size"], "input_size", file)[-1])
+    if "interpolation" in cfg:
+        found["interpolation"] = interpolation(cfg["interpolation"], "interpolation", file)
+    return found
+
+
+def triple(value, key: str, file: Path) -> list[float]:
+    """Three numbers. Raises ValueError, naming file and key, for anything else."""
+    if not isinstance(value, list) or len(value) != 3:
+        raise ValueError(f"{file}: {key}: expected three numbers, found {value!r}")
+    for number in value:
+        if not isinstance(number, int | float):
+            raise ValueError(f"{file}: {key}: expected three numbers, found {value!r}")
+    return value
+
+
+def check_number(value, key: str, file: Path) -> None:
+    if not isinstance(value, int | float) or value <= 0:
+        raise ValueError(f"{file}: {key}: expected a number above 0, found {value!r}")
+
+
+def interpolation(name: str | None, key: str, file: Path) -> str:
+    """bilinear or bicubic. The filters of the others are close to one of them."""
+    if name in ("bilinear", "box", "hamming", "nearest"):
+        return "bilinear"
+    if name in ("bicubic", "lanczos", "random"):
+        return "bicubic"
+    raise ValueError(f"{file}: {key}: expected bilinear or bicubic, found {name!r}")
+
+
+def torchvision_source(weights: str, model: str) -> WeightsEnum:
+    """torchvision's weights of this name for this model."""
+    if model not in TORCHVISION_MODELS:
+        raise ValueError(f"--weights {weights}: of {', '.join(TORCHVISION_MODELS)}, not of {model}")
+    members = get_model_weights(model).__members__
+    if TORCHVISION[weights] not in members:
+        others = ", ".join(name for name, member in TORCHVISION.items() if member in members)
+        raise ValueError(f"--weights {weights}: {model} has {others or 'none'} in torchvision")
+    return members[TORCHVISION[weights]]
+
+
+def torchvision_by_file(path: Path) -> WeightsEnum | None:
+    """torchvision's weights that are downloaded as a file of this name."""
+    every = (source for model in TORCHVISION_MODELS for source in get_model_weights(model))
+    return next((source for source in every if Path(source.url).name == path.name), None)
+
+
+def torchvision_images(source: WeightsEnum) -> dict:
+    images = source.transforms()
+    return {
+        "image_size": images.crop_size[0],
+        "mean": images.mean,
+        "std": images.std,
+        "crop": images.crop_size[0] / images.resize_size[0],
+        "interpolation": images.interpolation.value,
+    }
+
+
+def torchvision_state(source: WeightsEnum, weights: str) -> dict:
+    """The state dict of torchvision's weights, from torch's cache or downloaded."""
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(source.url).name
+    try:
+        return source.get_state_dict(check_hash=True, weights_only=True)
+    except OSError as error:
+        raise OSError(
+            f"--weights {weights}: {source.url} cannot be downloaded ({error}); download it elsewhere and "
+            f"put it at {place}, or name it with --weights FILE"
+        ) from None
+    except Exception as error:  # torch's unpickler meets wrong bytes with errors of any type
+        raise ValueError(
+            f"{place}: not a complete file of tensors ({first_line(error)}); remove it, and it is "
+            "downloaded again"
+        ) from None
+
+
+def is_hub_name(weights: str) -> bool:
+    """True for OWNER/NAME on Hugging Face, if no such file or folder is here."""
+    like = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights)
+    return bool(like) and not weights.endswith(SUFFIXES) and not Path(weights).exists()
+
+
+def check_weights(weights: str) -> None:
+    """Raise FileNotFoundError if this is no name of weights, no file and no folder."""
+    if weights not in NAMES and not is_hub_name(weights) and not Path(weights).exists():
+        raise FileNotFoundError(
+            f"--weights {weights}: no such file, and no such name; expected {', '.join(NAMES)}, OWNER/NAME "
+            "on Hugging Face, a .safetensors, .pth or .bin file, or a folder with one"
+        )
+
+
+def full_name(weights: str) -> str:
+    """A name of weights as it is; a file with its absolute path, so that it is found from any folder."""
+    named = weights in NAMES or is_hub_name(weights)
+    return weights if named else str(Path(weights).absolute())
+
+
+def find(weights: str) -> Path:
+    """The file with these weights, downloaded if it is nowhere."""
+    check_weights(weights)
+    if weights == "embedded":
+        return EMBEDDED
+    if weights == "in21k" or is_hub_name(weights):
+        return find_hub(IN21K if weights == "in21k" else weights)
+    path = Path(weights)
+    return tensors_in(path) if path.is_dir() else path
+
+
+def tensors_in(folder: Path) -> Path:
+    """The file of tensors in a folder: one of FILES, or the only one that there is."""
+    found = [folder / name for name in FILES if (folder / name).is_file()]
+    found = found or [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+    if len(found) == 1 or (found and found[0].name in FILES):
+        return found[0]
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(
+        f"{folder}: expected {' or '.join(FILES[:2])}, or one file of tensors, found {content}"
+    )
+
+
+def find_hub(name: str) -> Path:
+    """The file of tensors of OWNER/NAME on Hugging Face.
+
+    It is looked for in Hugging Face's cache, in a folder NAME here, in torch's cache, and below
+    /kaggle/input. If it is nowhere, it is downloaded to torch's cache, with what lies beside it.
+    Raises OSError, which names these places, if it cannot be downloaded either.
+    """
+    short = Path(name).name
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
+    place = Path(torch.hub.get_dir()) / "checkpoints" / name.replace("/", "--")
+    for folder in (*snapshots.glob("*"), Path(short), place):
+        for file in FILES:
+            if (folder / file).is_file():
+                return folder / file
+    for folder in folders_below(KAGGLE, short):  # last: it may hold a million images
+        if any((folder / file).is_file() for file in FILES):
+            return tensors_in(folder)
+    url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{url.rstrip('/')}/{name}/resolve/main/"
+    try:
+        return download(url, place)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise OSError(
+            f"--weights {name}: not in {hub}, ./{short}, {KAGGLE} or {place}, and {url} cannot be downloaded "
+            f"({error}); run: hf download {name}, or name a file or folder with --weights"
+        ) from None
+
+
+def download(url: str, place: Path) -> Path:
+    """Download the tensors at a URL, and what lies beside them, into a folder: all of it or nothing."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".part", dir=place.parent))
+    try:
+        for file in BESIDE:
+            if fetched(url + file, part / file):
+                read_json(part / file)
+        print(f"downloading {url}{FILES[0]} to {place}", flush=True)
+        name = next((file for file in FILES[:2] if fetched(url + file, part / file)), None)
+        if name is None:
+            raise OSError(f"it has no {' or '.join(FILES[:2])}")
+        read_tensors(part / name)  # refuses a file that breaks off
+        part.rename(place)
+        return place / name
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def fetched(url: str, file: Path) -> bool:
+    """Download a URL to a file; False if there is nothing at this URL."""
+    try:
+        torch.hub.download_url_to_file(url, str(file), progress=file.suffix != ".json")
+    except HTTPError as error:
+        if error.code == 404:
+            return False
+        raise
+    return True
+
+
+def folders_below(root: Path, name: str) -> list[Path]:
+    """The folders at most six levels below root that have name in their path, sorted.
+
+    Kaggle writes names in small letters, with - for other signs.
+    A folder with very many folders is not searched: they are the classes of a data set.
+    """
+    found = []
+    for folder, inside, _ in os.walk(root):
+        path = Path(folder).relative_to(root)
+        found += [Path(folder)] if slug(name) in slug(str(path)) else []
+        if len(path.parts) == 6 or len(inside) > 100:
+            inside.clear()
+    return sorted(found)
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9/]+", "-", name.lower())
