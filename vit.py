@@ -32,6 +32,8 @@ MODELS = {  # the shapes that have a name: side of the images, patch, blocks, he
     "vit_mini": (28, 7, 6, 4, 128, 512),  # the embedded trunk, see assets/README.md
 }
 OLD = {"old_positions": True}  # of what was written before the shape was: see resize_positions
+DEFAULTS = {"prefix_tokens": 1, "layer_scale": False, "pre_norm": False, "activation": "gelu"}
+DEFAULTS |= {"pool": "class", "eps": 1e-6}
 COLUMNS = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
 
 
@@ -175,7 +177,7 @@ def build(
         state, preprocessing, shape = pretrained.state, pretrained.images, pretrained.shape | given
         if pretrained.notes and not isinstance(model, dict):
             print(f"--weights {weights}: no file says otherwise, so: {'; '.join(pretrained.notes)}")
-    shape["image_size"] = image_size or preprocessing["image_size"]
+    shape = {**DEFAULTS, **shape, "image_size": image_size or preprocessing["image_size"]}
     if shape["image_size"] % shape["patch_size"]:
         raise ValueError(
             f"--image-size {image_size}: expected a multiple of the patch size, {shape['patch_size']}"

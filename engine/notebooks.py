@@ -58,7 +58,7 @@ def write(path: Path, cells: list[dict]) -> None:
 
 
 def demo() -> str:
-    """1,200 of the embedded digits and the embedded trunk in three bits a number, as base85.
+    """600 of the embedded digits and the embedded trunk in three bits a number, as base85.
 
     The files of assets/ would make a notebook of 8 MB. A matrix keeps each weight w as k * step with k = -3..3,
     where step is the median of |w| in its row, near the best step for a normal distribution. Other tensors are
@@ -74,7 +74,7 @@ def demo() -> str:
             tensors[f"{name}.step"] = step
             weight = (weight / step.float()).round().clamp(-3, 3).to(torch.int8)
         tensors[name] = weight.half() if weight.is_floating_point() else weight
-    for part, limit in (("train", 800), ("val", 400)):
+    for part, limit in (("train", 400), ("val", 200)):
         split = getattr(data.load("demo", limit=limit), part)
         greys = np.rint(split.pixels[..., 0] / 255 * 7).astype(np.uint8)
         tensors[f"{part}.images"] = torch.from_numpy(greys)
@@ -168,7 +168,7 @@ print(f"digits: {len(list(Path('digits').glob('*/*/*.png'))):,} images")
         ),
         markdown("""
 MNIST's digits are by Yann LeCun and Corinna Cortes, [CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/)
-(1,200 of them, in eight greys). The trunk was trained on [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist),
+(600 of them, in eight greys). The trunk was trained on [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist),
 MIT License, © 2017 Zalando SE.
 
 Now find out what is attached:

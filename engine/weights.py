@@ -85,8 +85,8 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
     """The tensors of a file under our names, with all that the file and those beside it say."""
     state, layout = to_ours(state)
     shape, notes = shape_of(state), []
-    for key in shape.keys() & given.keys() - {"image_size"}:
-        if shape[key] != given[key]:
+    for key in shape:
+        if key != "image_size" and shape[key] != given.get(key, shape[key]):
             raise ValueError(
                 f"{key}: expected {given[key]}, found {shape[key]}: these are another model's weights"
             )

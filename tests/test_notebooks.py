@@ -142,7 +142,7 @@ def test_kaggle_runs_from_start_to_finish_with_nothing_attached(execute):
     assert modules == [str(code / f"{name}.py") for name in ("train", "vit", "predict")]
     assert {"demo-lora", "demo-lokr"} <= set(runs), "TensorBoard's server knows the runs"
     text = said(cells)
-    assert "800 images train, 400 validate\n10 classes: eight, five" in text
+    assert "400 images train, 200 validate\n10 classes: eight, five" in text
     assert "lora: 56,586 of 1,267,722 parameters train (4.46%)\n" in text
     for adapter, least, most in (("lora: 56,586", 80, 96), ("lokr: 9,738", 68, 92)):
         found = re.search(rf"{adapter} trained, validation accuracy (\S+)%", text)

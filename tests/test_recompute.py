@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_the_same_to_the_bit(method, dropout, trunk, dtyp
     assert set(runs) == {1 if method == "head" else 2}, "head: backward does not reach the blocks"
     assert all(value.isfinite().all() for value in found.values())
     dropped = [name for name in found if not found[name].any()]
-    assert not dropped or "module_dropout" in DROPOUTS[dropout] and len(dropped) < len(found) - 4
+    assert not dropped or ("module_dropout" in DROPOUTS[dropout] and len(dropped) < len(found) - 4)
     if dropout in ("adapter dropout", "module dropout", "all"):  # the control: other random numbers
         other = partial(vit.checkpoint, preserve_rng_state=False)
         monkeypatch.setattr(vit, "checkpoint", other)
@@ -170,7 +170,7 @@ def test_only_the_inputs_of_the_blocks_are_kept(method, dropout, monkeypatch):
     inner = (sum(before) - sum(kept)) / blocks
     assert inner > 10 * one, "what is inside a block"
     for_itself = highest - sum(before)  # what a backward makes and needs for a moment
-    assert peak < sum(kept) + inner + for_itself + one, "the inside of one block at a time"
+    assert peak < sum(kept) + inner + for_itself + 4 * one, "the inside of one block at a time"
     assert highest > sum(before) > 8 * sum(kept)
     monkeypatch.setattr(vit.Blocks, "forward", whole_trunk)
     kept, peak = memory(model, True)

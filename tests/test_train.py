@@ -541,8 +541,11 @@ def test_recipe_then_flags():
         ("--alpha 0", "--alpha 0.0: expected > 0"),
         ("--targets nothing", "matches no nn.Linear; the model has: encoder.layers"),
         ("--weights nowhere.pth", "no such file, and no such name"),
-        ("--model vit_b_16 --weights embedded", "expected shape (1, 1, 768), found (1, 1, 128)"),
-        ("--image-size 30", "multiple of its patch size, 7"),
+        (
+            "--model vit_b_16 --weights embedded",
+            "expected 16, found 7: these are another model's weights",
+        ),
+        ("--image-size 30", "multiple of the patch size, 7"),
         ("--epochs 0", "--epochs 0: expected >= 1"),
         ("--lr -1", "--lr -1.0: expected in (0, 1000]"),
         ("--lr nan", "--lr nan: expected in (0, 1000]"),
