@@ -248,7 +248,8 @@ import torch
 
 for adapter in METHODS:
     classes = len(dataset.classes)
-    model, _ = vit.build(config.model, config.weights, classes, config.image_size, heads=config.heads)
+    trunk = {"image_size": config.image_size, "heads": config.heads}
+    model, _ = vit.build(config.model, config.weights, classes, **trunk)
     arguments = {key: getattr(config, key) for key in ADAPT}
     trainable, total = adapt(model, **(arguments | {"adapter": adapter}))
     print(f"{adapter}: {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")

@@ -42,7 +42,7 @@ BLOCKS = 6  # of vit_mini; a run with FLAGS has 2 epochs of 5 steps
 
 
 def make(trunk="mini", method="lora", head_dropout=0.0, **dropouts):
-    """A model in which everything is random: zeros in the factors or ones in LayerScale could hide a mistake."""
+    """A model in which everything is random: zeros or ones could hide a mistake."""
     torch.manual_seed(0)
     model, _ = vit.build(*TRUNKS[trunk], num_classes=5, head_dropout=head_dropout)
     adapt(model, method, targets="all", **dropouts)
