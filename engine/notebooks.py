@@ -204,7 +204,7 @@ elif folder := attached("wnids.txt", "train"):
 elif folder := attached("images", "meta"):
     settings = {"recipe": "food101-lora", "data_dir": str(folder)}
 else:
-    settings = {"recipe": "demo", "weights": "trunk.safetensors", "epochs": 10}
+    settings = {"recipe": "demo", "weights": "trunk.safetensors", "epochs": 20}
     if "dataset" not in SETTINGS:
         settings |= {"dataset": "folder", "data_dir": "digits"}
 settings |= SETTINGS
