@@ -125,12 +125,15 @@ LAYOUTS = {
     "dinov2": table("encoder.layer.{}.", HF, DINOV2, HF_ATTENTION, MLP),
     "dinov2-5": table("encoder.layer.{}.", HF, DINOV2, HF5_ATTENTION, MLP),
     "dinov2-swiglu": table("encoder.layer.{}.", HF, DINOV2, HF_ATTENTION, SWIGLU),
+    "dinov2-swiglu-5": table("encoder.layer.{}.", HF, DINOV2, HF5_ATTENTION, SWIGLU),
     "clip": table("encoder.layers.{}.", CLIP, CLIP_BLOCK, MLP),
     "openclip": table("transformer.resblocks.{}.", OPENCLIP, OPENCLIP_BLOCK),
     "timm": table("blocks.{}.", TIMM, TIMM_BLOCK, MLP),
 }
 ALIASES = {  # other names for tensors of timm's layout
     "register_tokens": "reg_token",  # Facebook's DINOv2
+    "mlp.w12.": "mlp.fc1.",  # its giant
+    "mlp.w3.": "mlp.fc2.",
     ".gamma_1": ".ls1.gamma",  # Facebook's DeiT III
     ".gamma_2": ".ls2.gamma",
     "attn.in_proj_": "attn.in_proj.",
@@ -149,7 +152,7 @@ FOREIGN = {
     "ConvNeXt": r"stages\.\d+\..*(conv_dw|dwconv)\.",
     "BEiT": r"(^|\.)beit\.|relative_position_bias|\blambda_1$",
     "SigLIP, with attention pooling": r"attn_pool\.|head\.probe$",
-    "EVA-02": r"\battn\.(q_bias|q_proj\.)|mlp\.(fc1_g|w1|w12)\.|(^|\.)rope\.",
+    "EVA-02": r"\battn\.(q_bias|q_proj\.)|mlp\.(fc1_g|w1)\.|(^|\.)rope\.",
     "a hybrid of convolutions and a ViT": r"patch_embed\.backbone\.",
 }
 ELSEWHERE = (
@@ -180,6 +183,7 @@ def to_ours(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], st
     A tensor that no trunk has keeps its name. Raises ValueError for a missing tensor and for a model that is
     not a plain ViT.
     """
+    state = with_joined_gates(state)
     layout, prefix = layout_of(state)
     names = {theirs: ours for ours, theirs in LAYOUTS[layout].items()}
     found = {}
@@ -207,12 +211,13 @@ def layout_of(state: dict[str, torch.Tensor]) -> tuple[str, str]:
     for family, pattern in FOREIGN.items():
         if any(re.search(pattern, key) for key in state):
             raise ValueError(f"this is {family}: {ELSEWHERE}")
+    keys = {*state, *map(plain, state)}
     for layout, names in LAYOUTS.items():
         marks = ("conv_proj", f"{BLOCK}ln_1", f"{BLOCK}self_attention.out", f"{BLOCK}mlp.0")
         marks = [names[mark].replace("{}", "0") + ".weight" for mark in marks]
         for key in state:
             prefix = key.removesuffix(marks[0])
-            if key.endswith(marks[0]) and all(prefix + mark in state for mark in marks):
+            if key.endswith(marks[0]) and all(prefix + mark in keys for mark in marks):
                 positions = prefix + names["encoder.pos_embedding"]
                 if positions not in state:
                     raise ValueError(
@@ -250,6 +255,17 @@ def block_numbers(state: dict) -> range:
     """The numbers of the blocks: 0 up to the largest that a name has."""
     numbers = [int(found[2]) for key in state if (found := NUMBER.match(key))]
     return range(max(numbers, default=-1) + 1)
+
+
+def with_joined_gates(state: dict) -> dict:
+    """The state with a SwiGLU's gate and up, which transformers 5 has apart in memory, as one layer."""
+    state = {key.replace("mlp.down_proj.", "mlp.weights_out."): t for key, t in state.items()}
+    for key in [key for key in state if ".mlp.gate_proj." in key]:
+        up = state.pop(key.replace("gate_proj", "up_proj"), None)
+        if up is None:
+            raise ValueError(f"{key}: expected {key.replace('gate_proj', 'up_proj')} as well")
+        state[key.replace("gate_proj", "weights_in")] = torch.cat([state.pop(key), up])
+    return state
 
 
 def with_biases(state: dict) -> dict:

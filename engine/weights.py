@@ -14,6 +14,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -83,6 +84,9 @@ def read(weights: str, model: str | None = None, given: dict | None = None) -> P
 
 def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretrained:
     """The tensors of a file under our names, with all that the file and those beside it say."""
+    class_token = any(
+        key.endswith(("cls_token", "class_token", "class_embedding")) for key in state
+    )
     state, layout = to_ours(state)
     shape, notes = shape_of(state), []
     for key in shape:
@@ -101,7 +105,7 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
         known = {
             "eps": eps_of(config, layout, shape, notes),
             "activation": activation_of(config, shape),
-            "pool": pool_of(config, shape, notes),
+            "pool": pool_of(config, shape, class_token, notes),
             "num_heads": config.get("num_attention_heads"),
         }
         images = images_of(config, path, layout, shape, notes)
@@ -154,10 +158,14 @@ def eps_of(config: dict, layout: str, shape: dict, notes: list[str]) -> float:
     return eps
 
 
-def pool_of(config: dict, shape: dict, notes: list[str]) -> str:
+def pool_of(config: dict, shape: dict, class_token: bool, notes: list[str]) -> str:
     """What the head reads: the class token, or the mean of the patches if there is none."""
-    if shape["prefix_tokens"]:
+    if "rope" in config.get("architecture", ""):
+        raise ValueError(f"this is {config['architecture']}, with rotary positions: {ELSEWHERE}")
+    if class_token:
         return "class"
+    if shape["prefix_tokens"]:
+        raise ValueError(f"registers without a class token: {ELSEWHERE}")
     if "siglip" in config.get("architecture", ""):
         raise ValueError(f"this is SigLIP: {ELSEWHERE}")
     if not config:
@@ -197,7 +205,8 @@ def heads_of(path: Path, shape: dict, notes: list[str]) -> int:
 
 def images_of(config: dict, path: Path, layout: str, shape: dict, notes: list[str]) -> dict:
     """How the images of these weights are prepared: image_size, mean, std, crop and interpolation."""
-    words = f"{config.get('model_type')} {path.name}".lower()
+    # A folder's name, or its snapshot's in Hugging Face's cache, may name the family too.
+    words = " ".join([str(config.get("model_type")), *path.parts[-4:]]).lower()
     images, rule = images_by_rule(words, layout, shape)
     if (source := torchvision_by_file(path)) is not None:
         theirs = torchvision_images(source)
@@ -206,7 +215,9 @@ def images_of(config: dict, path: Path, layout: str, shape: dict, notes: list[st
     if not {"mean", "std"} <= theirs.keys():
         notes.append(f"images as for {rule}")
     images |= theirs
-    if images["image_size"] == 518:  # DINOv2's last epochs; almost everybody uses 224
+    if (
+        images["image_size"] == 518 and source is None
+    ):  # DINOv2's last epochs; almost everybody uses 224
         images["image_size"] = 224
     if images["image_size"] % shape["patch_size"]:
         images["image_size"] = shape["image_size"]
@@ -416,7 +427,7 @@ def find_hub(name: str) -> Path:
     url = f"{url.rstrip('/')}/{name}/resolve/main/"
     try:
         return download(url, place)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, HTTPException) as error:
         raise OSError(
             f"--weights {name}: not in {hub}, ./{short}, {KAGGLE} or {place}, and {url} cannot be downloaded "
             f"({error}); run: hf download {name}, or name a file or folder with --weights"
@@ -454,7 +465,7 @@ def fetched(url: str, file: Path) -> bool:
 
 
 def folders_below(root: Path, name: str) -> list[Path]:
-    """The folders at most six levels below root that have name in their path, sorted.
+    """The folders at most six levels below root with a part of their path that is name, sorted.
 
     Kaggle writes names in small letters, with - for other signs.
     A folder with very many folders is not searched: they are the classes of a data set.
@@ -462,7 +473,7 @@ def folders_below(root: Path, name: str) -> list[Path]:
     found = []
     for folder, inside, _ in os.walk(root):
         path = Path(folder).relative_to(root)
-        found += [Path(folder)] if slug(name) in slug(str(path)) else []
+        found += [Path(folder)] if slug(name) in slug(str(path)).split("/") else []
         if len(path.parts) == 6 or len(inside) > 100:
             inside.clear()
     return sorted(found)

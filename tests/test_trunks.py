@@ -111,10 +111,8 @@ def at_size(state: dict, other: nn.Module, patches: int) -> dict:
 @pytest.mark.parametrize(
     "family", ["ViT", "DeiT", "DINOv2", "DINOv2 registers", "I-JEPA", "CLIP", "DINOv2 giant"]
 )
-def test_transformers_names_in_files_and_in_memory(family, names, prefix, tmp_path, request):
+def test_transformers_names_in_files_and_in_memory(family, names, prefix, tmp_path):
     """transformers 5 has other names in memory than in files, for all but CLIP."""
-    if (family, names) == ("DINOv2 giant", "memory"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="no layout has these names"))
     model, head, theirs = FAMILIES[family](tmp_path / "a", SIDE)
     states = {"memory": model.state_dict(), "file": load_file(tmp_path / "a/model.safetensors")}
     assert (states["memory"].keys() == states["file"].keys()) == (family == "CLIP")
@@ -209,14 +207,7 @@ FACEBOOK = {
 }
 
 
-giant = pytest.mark.xfail(strict=True, reason="refused as EVA-02, for mlp.w12")
-
-
-@pytest.mark.parametrize(
-    "file",
-    [pytest.param(f, marks=giant) if f is facebook_dinov2_giant else f for f in FACEBOOK],
-    ids=lambda file: file.__name__,
-)
+@pytest.mark.parametrize("file", FACEBOOK, ids=lambda file: file.__name__)
 def test_facebook_s_own_files(file, tmp_path):
     """Against timm's model, into which timm loads the same tensors. No config.json lies beside."""
     model, head, _ = FAMILIES[FACEBOOK[file]](tmp_path / "a", SIDE)
@@ -495,16 +486,13 @@ def test_transformers_other_models_are_refused_by_family(name, tmp_path):
     assert "model.safetensors" in str(error.value)
 
 
-silent = pytest.mark.xfail(strict=True, reason="loaded as another model without a word")
-
-
 @pytest.mark.parametrize(
     "name",
     [
         # rotary positions beside the usual ones: its tensors have the names of DeiT III's
-        pytest.param("vit_small_patch16_rope_ape_224", marks=silent),
+        "vit_small_patch16_rope_ape_224",
         # registers, no class token, mean of the patches
-        pytest.param("vit_so150m_patch16_reg4_gap_256", marks=silent),
+        "vit_so150m_patch16_reg4_gap_256",
         "vit_medium_patch16_reg4_gap_256",
         "vit_base_patch16_siglip_gap_224",
         "cait_xxs24_224",
