@@ -122,30 +122,42 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
 
 def config_beside(path: Path) -> dict:
     """What config.json beside a file says, in Hugging Face's words. From timm's and OpenCLIP's, too."""
-    config = optional_json(path.with_name("config.json"))
-    openclip = optional_json(path.with_name("open_clip_config.json"))
+    file, openclip_file = path.with_name("config.json"), path.with_name("open_clip_config.json")
+    config, openclip = optional_json(file), optional_json(openclip_file)
     if path.name.startswith("open_clip") and openclip:
-        model = openclip.get("model_cfg", {})
-        vision = model.get("vision_cfg", {})
-        config = {
-            "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-            "images": openclip.get("preprocess_cfg", {}),
-        }
+        model = part(openclip, "model_cfg", openclip_file)
+        vision = part(model, "vision_cfg", openclip_file)
+        images = part(openclip, "preprocess_cfg", openclip_file)
+        config = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
+        config["images"] = images_in_cfg(images, openclip_file)
         if "width" in vision:
-            config["num_attention_heads"] = vision["width"] // vision.get("head_width", 64)
+            for key in ("width", "head_width"):
+                check_number(vision.get(key, 64), key, openclip_file)
+            config["num_attention_heads"] = int(vision["width"] // vision.get("head_width", 64))
     elif "architecture" in config or "pretrained_cfg" in config:
-        images = config.get("pretrained_cfg") or config
+        images = part(config, "pretrained_cfg", file) or config
         name = str(config.get("architecture") or images.get("architecture"))
         quick = "quick_gelu" if "quickgelu" in name else "gelu"
-        heads = (config.get("model_args") or {}).get("num_heads")  # of models with other arguments
-        config = {"architecture": name, "hidden_act": quick, "images": images}
-        config["num_attention_heads"] = heads
+        heads = part(config, "model_args", file).get("num_heads")  # of models with other arguments
+        config = {"architecture": name, "hidden_act": quick, "num_attention_heads": heads}
+        config["images"] = images_in_cfg(images, file)
     elif str(config.get("model_type")).startswith("clip"):
         # These two are CLIPVisionConfig's defaults, which a file may leave out.
-        vision = config.get("vision_config") or config
+        vision = part(config, "vision_config", file) or config
         config = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **vision}
+    heads = config.get("num_attention_heads")
+    if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
+        raise ValueError(f"{file}: num_attention_heads: expected a number above 0, found {heads!r}")
     of_a_model = config.keys() & {"model_type", "hidden_act"}
     return config if of_a_model else {}
+
+
+def part(config: dict, key: str, file: Path) -> dict:
+    """The object under a key of a JSON file; empty if there is none."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: {key}: expected a JSON object, found {found!r}")
+    return found
 
 
 def eps_of(config: dict, layout: str, shape: dict, notes: list[str]) -> float:
@@ -211,7 +223,7 @@ def images_of(config: dict, path: Path, layout: str, shape: dict, notes: list[st
     if (source := torchvision_by_file(path)) is not None:
         theirs = torchvision_images(source)
     else:
-        theirs = preprocessing_in(path.parent) or images_in_cfg(config.get("images") or {}, path)
+        theirs = preprocessing_in(path.parent) or config.get("images") or {}
     if not {"mean", "std"} <= theirs.keys():
         notes.append(f"images as for {rule}")
     images |= theirs
@@ -255,7 +267,9 @@ def preprocessing_in(folder: Path) -> dict:
     keys = {"mean": "image_mean", "std": "image_std"}
     found = {ours: triple(theirs[key], key, file) for ours, key in keys.items() if key in theirs}
     if "resample" in theirs:
-        found["interpolation"] = interpolation(FILTERS.get(theirs["resample"]), "resample", file)
+        number = theirs["resample"]
+        known = FILTERS.get(number) if isinstance(number, int) else None
+        found["interpolation"] = interpolation(known or number, "resample", file)
     # Older files have plain numbers: size is the shorter side, crop_size the side of a square.
     edge, crop = theirs.get("size"), theirs.get("crop_size")
     edge = edge.get("shortest_edge", edge.get("height")) if isinstance(edge, dict) else edge
@@ -275,9 +289,9 @@ def preprocessing_in(folder: Path) -> dict:
     return found
 
 
-def images_in_cfg(cfg: dict, path: Path) -> dict:
+def images_in_cfg(cfg: dict, file: Path) -> dict:
     """What timm's pretrained_cfg or OpenCLIP's preprocess_cfg say, as preprocessing_in does."""
-    file, found = path.with_name("config.json"), {}
+    found = {}
     for key in ("mean", "std"):
         if key in cfg:
             found[key] = triple(cfg[key], key, file)
@@ -286,6 +300,7 @@ def images_in_cfg(cfg: dict, path: Path) -> dict:
         found["crop"] = min(1.0, cfg["crop_pct"])
     if "input_size" in cfg:
         found["image_size"] = int(triple(cfg["input_size"], "input_size", file)[-1])
+        check_number(found["image_size"], "input_size", file)
     if "interpolation" in cfg:
         found["interpolation"] = interpolation(cfg["interpolation"], "interpolation", file)
     return found

@@ -593,8 +593,6 @@ WRONG = [  # family, file, what the file says, and the key that the error has to
     ("timm DeiT", CONFIG, {"pretrained_cfg": {**CFG, "crop_pct": "x"}}, "crop_pct"),
     ("timm DeiT", CONFIG, {"pretrained_cfg": {**CFG, "input_size": 3}}, "input_size"),
     ("timm DeiT", CONFIG, {"pretrained_cfg": {**CFG, "interpolation": 3}}, "interpolation"),
-]
-UNCAUGHT = [
     ("ViT", HF, {"resample": [3]}, "resample"),
     ("ViT", CONFIG, {"num_attention_heads": "six"}, "num_attention_heads"),
     ("CLIP", CONFIG, {"vision_config": 3}, "vision_config"),
@@ -608,13 +606,12 @@ UNCAUGHT = [
     ("OpenCLIP", OPENCLIP, {"preprocess_cfg": 3}, "preprocess_cfg"),
     ("OpenCLIP", OPENCLIP, {"preprocess_cfg": {"mean": 3}}, "mean"),
 ]
-unclear = pytest.mark.xfail(strict=True, reason="another type of error, or without file and key")
 
 
 @pytest.mark.parametrize(
     ("family", "file", "content", "key"),
-    [*WRONG, *(pytest.param(*case, marks=unclear) for case in UNCAUGHT)],
-    ids=[f"{file}-{key}" for _, file, _, key in WRONG + UNCAUGHT],
+    WRONG,
+    ids=[f"{file}-{key}" for _, file, _, key in WRONG],
 )
 def test_a_wrong_value_beside_is_one_line_with_file_and_key(family, file, content, key, tmp_path):
     if family == "OpenCLIP":
