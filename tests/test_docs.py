@@ -589,6 +589,12 @@ def test_figures_of_whole_runs_and_of_the_input_path_are_the_benches():
     assert [row[0] for row in rows] == [*names]
     for kind, *figures in rows:
         assert f"| {names[kind]} | {' | '.join(figures)} |" in TEXTS["speed.md"]
+    text = (ROOT / "bench" / "recompute.md").read_text(encoding="utf-8")
+    rows = [cells(line) for line in text.splitlines() if line.startswith("| vit_")]
+    assert [row[0] for row in rows] == ["vit_b_16", "vit_l_16"]
+    for name, *figures in rows:
+        row = f"| ViT-{name[4].upper()}/16 | {' | '.join(figures)} |"
+        assert row in TEXTS["speed.md"]
     table = (ROOT / "bench" / "data.md").read_text(encoding="utf-8").splitlines()
     shown = [
         line for line in TEXTS["data.md"].splitlines() if " px JPEG" in line or " JPEG, for" in line

@@ -1,13 +1,12 @@
 """--recompute: the numbers are the same to the bit, and less is kept for the backward pass."""
 
-import subprocess
 import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LIMIT, ROOT
+from conftest import ROOT
 from test_resume import assert_same, contents
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -290,16 +289,3 @@ def test_two_processes_learn_the_same_with_and_without(tmp_path, torchrun):
     assert status == 0, error
     assert error.count("off: 0 calls") == error.count(f"on: {5 * BLOCKS} calls") == 2, error
     assert_same(outcome(tmp_path / "off"), outcome(tmp_path / "on"))
-
-
-@pytest.mark.slow
-def test_the_bench_writes_a_row_for_each_trunk(tmp_path):
-    out = tmp_path / "recompute.md"
-    flags = "--models vit_mini --batch 2 --rounds 1 --out".split()
-    command = [sys.executable, ROOT / "bench" / "recompute.py", *flags, out]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
-    assert process.returncode == 0, process.stderr
-    rows = [line for line in out.read_text().splitlines() if line.startswith("| vit_mini |")]
-    assert len(rows) == 1
-    figures = [float(cell.replace(",", "")) for cell in rows[0].split("|")[2:-1]]
-    assert len(figures) == 6 and all(figure > 0 for figure in figures)
