@@ -74,7 +74,7 @@ def fit(run: Run) -> dict:
             batches = load_batches(run, images, train=True, start=first * per_step)
             bar = {"desc": f"epoch {run.epoch + 1}/{config.epochs}", "initial": first}
             for step in progress(range(first, steps), total=steps, **bar):
-                lr = config.lr * (1 - run.step / (config.epochs * steps))  # linear to zero
+                lr = config.lr * rate(run.step, config.epochs * steps, config.warmup)
                 optimizer.param_groups[0]["lr"] = lr
                 # Dropout is seeded by the step: processes with unequal shares draw unequally many numbers,
                 # and last.pt has the generators of only one.
@@ -105,11 +105,22 @@ def fit(run: Run) -> dict:
         return finish(run, forward)
 
 
+def rate(step: int, steps: int, warmup: float = 0.0) -> float:
+    """The learning rate of a step as a fraction of --lr: from zero up to 1, then down to zero, both linearly.
+
+    warmup: the fraction of all steps in which it rises, rounded up to whole steps. The same numbers as
+    transformers' get_linear_schedule_with_warmup.
+    """
+    rising = math.ceil(warmup * steps)
+    return step / rising if step < rising else 1 - (step - rising) / (steps - rising)
+
+
 def train_step(run: Run, forward, batches, count: int, optimizer, scaler) -> torch.Tensor:
     """One step of the optimizer on the next `count` images; returns their mean loss.
 
     Each image has the same weight: the gradient equals that of one large batch, for any number of batches
-    and processes. Processes exchange gradients in the last backward only; DDP takes their mean.
+    and processes. Processes exchange gradients in the last backward only; DDP takes their mean. --clip-norm
+    limits the norm of this gradient, without the loss scale.
     """
     mean_loss = torch.zeros((), device=run.device)
     for left in reversed(range(-(-count // run.config.batch_size))):
@@ -118,6 +129,9 @@ def train_step(run: Run, forward, batches, count: int, optimizer, scaler) -> tor
             loss = F.cross_entropy(forward(pixels).float(), labels, reduction="sum") / count
             scaler.scale(loss * processes()).backward()
         mean_loss += loss.detach()
+    if run.config.clip_norm:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], run.config.clip_norm)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()

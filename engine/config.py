@@ -73,8 +73,10 @@ class Config:
     epochs: int = option(5, "passes through the training split")
     batch_size: int = option(64, "images in a forward pass, over all GPUs and processes")
     grad_accum: int = option(1, "batches per optimizer step")
-    lr: float = option(1e-3, "learning rate of the first step; it falls linearly to zero")
+    lr: float = option(1e-3, "the highest learning rate; it falls linearly to zero")
+    warmup: float = option(0.0, "fraction of all steps in which the rate rises linearly to --lr")
     weight_decay: float = option(0.01, "AdamW's weight decay")
+    clip_norm: float = option(0.0, "largest norm of a step's gradients; 0: they are not clipped")
     recompute: bool = option(
         False, "run each block again in backward, and keep less for it: slower, less memory"
     )
@@ -132,6 +134,8 @@ FOOD101 = {  # shared by its three recipes
     "batch_size": 128,
     "grad_accum": 4,
     "lr": 5e-3,
+    "weight_decay": 0.0,  # this and the next are the defaults of transformers' Trainer
+    "clip_norm": 1.0,
     "amp": "fp16",
 }
 RECIPES = {
@@ -197,7 +201,9 @@ def check(config: Config) -> None:
         "batch_size >= 1": config.batch_size >= 1,
         "grad_accum >= 1": config.grad_accum >= 1,
         "lr in (0, 1000]": 0 < config.lr <= 1000,
+        "warmup in [0, 1)": 0 <= config.warmup < 1,
         "weight_decay >= 0": 0 <= config.weight_decay < math.inf,
+        "clip_norm >= 0": 0 <= config.clip_norm < math.inf,
         "min_crop in (0, 1]": 0 < config.min_crop <= 1,
         "holdout in [0, 1)": 0 <= config.holdout < 1,
         "head_dropout in [0, 1)": 0 <= config.head_dropout < 1,

@@ -57,15 +57,27 @@ def runs_on(capability: tuple[int, int], built: list[str]) -> bool:
     return False
 
 
-def pick_dtype(amp: str, device: torch.device) -> torch.dtype:
+def pick_dtype(config, device: torch.device) -> torch.dtype:
     """The type of mixed precision. auto: bfloat16 on a GPU that has it natively, float16 on older ones, else
-    float32, which means none."""
+    float32, which means none. On a CPU, which computes float16 many times slower than float32, a recipe's
+    fp16 means auto. Raises ValueError there for --amp fp16."""
+    amp = config.amp
+    if amp == "fp16" and device.type == "cpu" and not computes_float16():
+        if "amp" not in config.filled:
+            raise ValueError("--amp fp16: much slower than float32 on this CPU; leave the flag out")
+        amp = "auto"
     if amp == "auto":
         if device.type != "cuda":
             return torch.float32
         native = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it
         return torch.bfloat16 if native else torch.float16
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+
+
+def computes_float16() -> bool:
+    """True if the CPU multiplies float16 itself (AVX512-FP16, AMX-FP16), as far as torch says it."""
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_fp16") or found.get("amx_fp16"))
 
 
 class Autocast(nn.Module):

@@ -40,7 +40,7 @@ def kept(config: Config, classes: int) -> int | None:
     arguments = {key: getattr(c, key) for key in ADAPT}
     # No module_dropout: every adapter takes part in this batch.
     adapt(model, dropout=c.adapter_dropout, **arguments)
-    model = Autocast(model.to(device).train(), device, pick_dtype(c.amp, device))
+    model = Autocast(model.to(device).train(), device, pick_dtype(c, device))
     images = torch.randn(c.batch_size, 3, *[preprocessing["image_size"]] * 2, device=device)
     labels = torch.zeros(c.batch_size, dtype=torch.int64, device=device)
     try:
@@ -234,7 +234,7 @@ def machine(config: Config) -> str:
         name = match[1].strip() if match else name
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {name}"
-    dtype = str(pick_dtype(config.amp, device))[6:]
+    dtype = str(pick_dtype(config, device))[6:]
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads shared by parallel runs, "
         f"{device}, {dtype}, Python {platform.python_version()}, torch {torch.__version__}, torchvision "

@@ -47,7 +47,7 @@ def prepare(config: Config) -> Run:
     config, last, source = begin(config)
     check_folder(config)
     device = devices.pick_device(devices.join(config.device))
-    dtype = devices.pick_dtype(config.amp, device)
+    dtype = devices.pick_dtype(config, device)
     devices.keep_freed_memory(device)
     checkpoint.seed_generators(config.seed)
     c = config

@@ -114,6 +114,7 @@ def test_a_run_that_explodes_keeps_the_last_good_state(amp, tmp_path, monkeypatc
             at["run"].model.heads.head.bias.fill_(torch.inf)
 
     at, prepare = {}, train.prepare
+    monkeypatch.setattr(devices, "computes_float16", lambda: True)
     monkeypatch.setattr(train, "prepare", lambda config: at.setdefault("run", prepare(config)))
     in_step(monkeypatch, 4, explode)
     assert train.main([*FLAGS, "--amp", amp, "--out", str(tmp_path / "run")]) == 2

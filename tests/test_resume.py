@@ -20,7 +20,7 @@ from tensorboard.summary.writer import event_file_writer
 from trees import pets
 
 import train
-from engine import checkpoint
+from engine import checkpoint, devices
 from engine.config import Config
 from engine.run import Signals, Stopped
 
@@ -84,13 +84,14 @@ def assert_clean(folder):
         {},
         {"grad_accum": 4, "limit": 44, "epochs": 4},  # steps of 32 and 12 images
         {"head_dropout": 0.1, "adapter_dropout": 0.1, "module_dropout": 0.2},
-        {"amp": "fp16", "adapter": "loha", "image_size": 14},
-        {"adapter": "lokr", "bias": "all", "seed": 3},
+        {"amp": "fp16", "adapter": "loha", "image_size": 14, "clip_norm": 0.5},
+        {"adapter": "lokr", "bias": "all", "seed": 3, "warmup": 0.4},
         {"adapter": "full", "lr": 1e-3},
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )
-def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, stop_after):
+def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, stop_after, monkeypatch):
+    monkeypatch.setattr(devices, "computes_float16", lambda: True)
     settings = {**QUICK, "epochs": 3, **settings}
     train.train(Config(out=tmp_path / "unbroken", **settings))
     for n in (1, 1, 2, 2):  # in the middle of epochs and at their ends
