@@ -174,7 +174,8 @@ def build(
         preprocessing = {**colours, "crop": crop, "image_size": given["image_size"]}
     else:
         pretrained = read(weights, torchvision_name(given), given)
-        state, preprocessing, shape = pretrained.state, pretrained.images, pretrained.shape | given
+        shape = known(pretrained.shape, f"--weights {weights}") | given
+        state, preprocessing = pretrained.state, pretrained.images
         if pretrained.notes and not isinstance(model, dict):
             print(f"--weights {weights}: no file says otherwise, so: {'; '.join(pretrained.notes)}")
     shape = {**DEFAULTS, **shape, "image_size": image_size or preprocessing["image_size"]}
@@ -252,9 +253,10 @@ def load_adapter(
     """
     tensors, info = read_adapter(path)
     weights = weights or ("none" if info["adapter"] == "full" else info["weights"])
+    shape = shape_in(info, path)
     size, seed = info["preprocessing"]["image_size"], info["seed"]
     try:
-        model, _ = build(shape_in(info), weights, len(info["classes"]), size, seed=seed)
+        model, _ = build(shape, weights, len(info["classes"]), size, seed=seed)
         adapt(model, **{key: info[key] for key in ADAPT})
     except (ValueError, OSError) as error:
         # Not type(error): a subclass such as JSONDecodeError takes other arguments.
@@ -265,11 +267,22 @@ def load_adapter(
     return model.to(device).eval(), info
 
 
-def shape_in(info: dict) -> dict:
+def shape_in(info: dict, path: str | Path) -> dict:
     """The arguments of trunk in an adapter file's metadata. Older files have a name in MODELS and the eps."""
     if "shape" in info:
-        return info["shape"]
-    if "model" not in info:
-        raise ValueError("shape: expected the trunk's shape in the metadata, found none")
+        return known(info["shape"], path)
+    if info.get("model") not in MODELS:
+        raise ValueError(f"{path}: shape: expected the trunk's shape in the metadata, found none")
     eps = {"eps": info["eps"]} if "eps" in info else {}
     return {**named_shape(info["model"]), **eps, **OLD}
+
+
+def known(shape: dict, source: str | Path) -> dict:
+    """The shape of a file, if this version knows all of its keys. Raises ValueError for any other."""
+    for key in shape:
+        if key not in (*COLUMNS, *DEFAULTS, *OLD):
+            raise ValueError(
+                f"{source}: shape: {key}: expected no such key; was the file written by a newer version of "
+                "this project? Then update"
+            )
+    return shape

@@ -139,6 +139,7 @@ ALIASES = {  # other names for tensors of timm's layout
     "attn.in_proj_": "attn.in_proj.",
     "self_attention.in_proj_": "self_attention.in_proj.",
 }
+TOKENS = ("class_token", "registers", "distillation", "encoder.pos_embedding")
 OPTIONAL = ("class_token", "registers", "distillation", "encoder.layers.ln_pre", "gamma")
 MUST_HAVE_BIAS = ("ln_1", "ln_2", "encoder.ln", "self_attention.out", "mlp.0", "mlp.3")
 # Parts of other models' files that no trunk has: heads, poolers, decoders, masks.
@@ -151,9 +152,10 @@ FOREIGN = {
     "Swin": r"layers\.\d+\.blocks\.\d+\.",
     "ConvNeXt": r"stages\.\d+\..*(conv_dw|dwconv)\.",
     "BEiT": r"(^|\.)beit\.|relative_position_bias|\blambda_1$",
-    "SigLIP, with attention pooling": r"attn_pool\.|head\.probe$",
+    "SigLIP": r"attn_pool\.|head\.probe$",
     "EVA-02": r"\battn\.(q_bias|q_proj\.)|mlp\.(fc1_g|w1)\.|(^|\.)rope\.",
     "a hybrid of convolutions and a ViT": r"patch_embed\.backbone\.",
+    "a ViT that takes the mean before its last LayerNorm (fc_norm)": r"(^|\.)fc_norm\.",
 }
 ELSEWHERE = (
     "not a plain ViT, and torchvision's class cannot hold it; adapt timm's or transformers' own model with "
@@ -180,19 +182,25 @@ def renamed(key: str, names: dict[str, str]) -> str | None:
 def to_ours(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], str]:
     """A trunk's state dict under our names, without its head, and the name of its layout.
 
-    A tensor that no trunk has keeps its name. Raises ValueError for a missing tensor and for a model that is
-    not a plain ViT.
+    Raises ValueError for a model that is not a plain ViT, and, with the file's name for it, for a tensor that
+    is missing, unknown or of the wrong shape.
     """
     state = with_joined_gates(state)
     layout, prefix = layout_of(state)
     names = {theirs: ours for ours, theirs in LAYOUTS[layout].items()}
-    found = {}
+    found, keys = {}, {}
     for key, tensor in state.items():
-        if key.startswith(prefix):
-            short = key.removeprefix(prefix)
-            if not LEFT_OUT.match(short):
-                found[renamed(short, names) or renamed(plain(short), names) or short] = tensor
+        short = key.removeprefix(prefix)
+        if key.startswith(prefix) and not LEFT_OUT.match(short):
+            ours = renamed(short, names) or renamed(plain(short), names)
+            if ours is None:
+                raise ValueError(
+                    f"{key}: expected no such tensor, found shape {tuple(tensor.shape)}; for models that are "
+                    "no plain ViT, see docs/any-model.md"
+                )
+            found[ours], keys[ours] = tensor, key
     check_complete(found, layout, prefix)
+    check_shapes(found, keys)
     for key in [key for key in found if ".in_proj." in key]:
         for name, part in zip(("query", "key", "value"), found.pop(key).chunk(3), strict=True):
             found[key.replace("in_proj", name)] = part
@@ -223,12 +231,15 @@ def layout_of(state: dict[str, torch.Tensor]) -> tuple[str, str]:
                     raise ValueError(
                         f"no {positions}: positions are rotary or relative, as in DINOv3: {ELSEWHERE}"
                     )
+                if layout == "clip" and f"{prefix}pre_layrnorm.weight" not in keys:
+                    raise ValueError(f"this is SigLIP: {ELSEWHERE}")
                 return layout, prefix
     if any(key.startswith("layer.0.attention.") for key in state):
         raise ValueError(f"this is DINOv3: {ELSEWHERE}")
+    resnet = " of a ResNet" if any("layer1.0.conv1." in key for key in state) else ""
     raise ValueError(
         f"expected the tensors of a ViT of torchvision, timm, transformers, Facebook or OpenCLIP, found "
-        f"{', '.join(list(state)[:4])}"
+        f"{', '.join(list(state)[:4])}{resnet}: {ELSEWHERE}"
     )
 
 
@@ -244,6 +255,33 @@ def check_complete(found: dict, layout: str, prefix: str) -> None:
                 if ours.replace("{}", str(number)) + end not in found:
                     name = prefix + theirs.replace("{}", str(number)) + end
                     raise ValueError(f"{name}: expected a tensor, found none")
+
+
+def check_shapes(found: dict, keys: dict[str, str]) -> None:
+    """Raise ValueError, with the file's name for it, for a tensor whose shape does not fit the others'.
+
+    keys: from our names to the file's.
+    """
+    first = BLOCK.replace("{}", "0")
+    dim, inner = found["encoder.ln.bias"].numel(), found[f"{first}mlp.0.bias"].numel()
+    patch = found["conv_proj.weight"].shape[-1:]
+    swiglu = found[f"{first}mlp.3.weight"].shape[-1:] == (inner // 2,)
+    shapes = {
+        "conv_proj.weight": (dim, 3, *patch, *patch),
+        "in_proj.weight": (3 * dim, dim),
+        "in_proj.bias": (3 * dim,),
+        "mlp.0.weight": (inner, dim),
+        "mlp.0.bias": (inner,),
+        "mlp.3.weight": (dim, inner // 2 if swiglu else inner),
+        **{f"{name}.weight": (dim, dim) for name in ("query", "key", "value", "attention.out")},
+    }
+    for ours, tensor in found.items():
+        shape = next((shape for end, shape in shapes.items() if ours.endswith(end)), (dim,))
+        if ours in TOKENS:
+            shape = (*tensor.shape[:-1], dim)
+        if tensor.shape != shape:
+            name = keys[ours] if keys[ours] == ours else f"{keys[ours]} ({ours})"
+            raise ValueError(f"{name}: expected shape {shape}, found {tuple(tensor.shape)}")
 
 
 def templated(key: str) -> str:
@@ -286,7 +324,8 @@ def with_tokens(state: dict) -> dict:
     positions = state.pop("encoder.pos_embedding").reshape(1, -1, width)
     # How many of the tokens have a position: all, the class token, or none. Patches make a square.
     for own in (tokens.shape[1], int(first), 0):
-        if math.isqrt(positions.shape[1] - own) ** 2 == positions.shape[1] - own:
+        patches = max(0, positions.shape[1] - own)
+        if patches and math.isqrt(patches) ** 2 == patches:
             break
     else:
         raise ValueError(

@@ -4,6 +4,7 @@ Each file is read once, here, and its content is passed on.
 """
 
 import copy
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import data
 import vit
-from engine import checkpoint, devices, weights
+from engine import checkpoint, devices
 from engine.adapt import ADAPT, adapt, check_rank
 from engine.config import Config, check, check_sizes, refuse_changes
 from engine.files import read_json
@@ -20,6 +21,7 @@ from engine.images import keep
 from engine.peft_folder import CONFIG, fill
 from engine.peft_vit import labels_in, names_in, parameters_of, read_vit, targets_of, weights_of
 from engine.run import Run, check_folder, make_folder, read_last, refuse_others
+from engine.weights import check_weights, full_name, preprocessing_in
 
 # The settings that an adapter brings along. A flag overrides them.
 SETTLED = (*ADAPT, "weights", "image_size")
@@ -83,7 +85,7 @@ def prepare(config: Config) -> Run:
             keep(split, cache, preprocessing["image_size"], c.cache, c.workers, **how)
     trunk = checkpoint.fingerprint(model)
     shared = {"classes": dataset.classes, "trunk": trunk, "preprocessing": preprocessing}
-    info = {**settings, "weights": weights.full_name(c.weights), "seed": c.seed}
+    info = {**settings, "weights": full_name(c.weights), "seed": c.seed}
     info |= {"shape": model.shape, **shared}
     identity = {"images": [len(dataset.train), len(dataset.val)], **shared}
     refuse_others(config, identity, last)
@@ -126,11 +128,13 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
     elif config.init_adapter:
         source = read_source(config.init_adapter)
         settings = source.settings
+        if config.model and "model" not in config.filled:
+            check_model(config.model, source)
     for key, value in settings.items():
         if key in config.filled and getattr(config, key) == config.filled[key]:
             setattr(config, key, value)
     check(config)
-    weights.check_weights(config.weights)
+    check_weights(config.weights)
     if last:
         refuse_changes(config, previous)
     return config, last, source
@@ -143,16 +147,28 @@ def read_source(path: str) -> Source:
         tensors, info = checkpoint.read_adapter(path)
         settings = info | {"image_size": info["preprocessing"]["image_size"]}
         settings = {key: settings[key] for key in SETTLED}
-        images, shape = info["preprocessing"], vit.shape_in(info)
+        images, shape = info["preprocessing"], vit.shape_in(info, path)
         return Source(path, settings, tensors, info["classes"], images, shape, info=info)
     layers, settings, tensors, shape = read_vit(folder)
     try:
         settings["weights"] = weights_of(folder)
     except ValueError:  # not on this machine: check_weights says so, unless --weights is given
         settings["weights"] = str(read_json(folder / CONFIG).get("base_model_name_or_path"))
-    images = weights.preprocessing_in(folder)
+    images = preprocessing_in(folder)
     settings["image_size"] = images.get("image_size")
     return Source(path, settings, tensors, labels_in(folder) or None, images, shape, layers)
+
+
+def check_model(model: str, source: Source) -> None:
+    """Raise ValueError if a trunk of this name is not the adapter's."""
+    named = vit.named_shape(model)
+    for key, value in named.items():
+        expected = source.shape.get(key, value)
+        if key != "image_size" and value != expected:
+            raise ValueError(
+                f"--model {model}: {key}: expected {expected}, as in {source.path}, found {value}; leave the "
+                "flag out"
+            )
 
 
 def load_source(source: Source, model: nn.Module, classes: list[str]) -> tuple[str, dict]:
@@ -180,3 +196,63 @@ def load_source(source: Source, model: nn.Module, classes: list[str]) -> tuple[s
     message = f"start: {source.path}, " + ("its head too" if same else "a new head: other classes")
     images = {key: value for key, value in source.images.items() if key != "image_size"}
     return message, ({"interpolation": "bilinear"} if source.info else {}) | images
+
+
+def load(
+    path: str, weights: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict]:
+    """As vit.load_adapter, for a PEFT folder too. Classes that it does not name are LABEL_0, LABEL_1 ..., as
+    in transformers."""
+    if (Path(path) / CONFIG).is_file():
+        model, info = load_folder(path, weights, named=False)
+        return model.to(device).eval(), info
+    return vit.load_adapter(path, weights, device)
+
+
+def load_folder(
+    folder: str | Path,
+    weights: str | None = None,
+    classes: str | None = None,
+    named: bool = True,
+) -> tuple[nn.Module, dict]:
+    """(model, metadata as in an adapter file) of a PEFT folder.
+
+    weights: the pretrained weights, a name or a file. By default, base_model_name_or_path names them.
+    classes: comma-separated names, or a file with one per line. By default those of
+        FOLDER/id2label.json or FOLDER/config.json.
+    named: the names must be there. Otherwise they may be LABEL_0, LABEL_1 ...
+    Raises OSError or ValueError, naming file and key, if a part is missing, unsupported or does not fit.
+    """
+    folder = Path(folder)
+    layers, settings, tensors, shape = read_vit(folder)
+    info = {"weights": full_name(weights) if weights else weights_of(folder)}
+    info["seed"], n = 0, len(tensors["classifier.weight"])
+    if not named and not labels_in(folder):
+        classes = ",".join(f"LABEL_{i}" for i in range(n))
+    info["classes"] = class_names(folder, classes, n)
+    images = preprocessing_in(folder)
+    size = images.get("image_size")
+    model, preprocessing = vit.build(shape, info["weights"], len(info["classes"]), size)
+    settings = {"factor": -1, "decompose_both": False, **settings}
+    settings["targets"] = targets_of(model, layers)
+    adapt(model, **settings)
+    fill(parameters_of(model, names_in(tensors)), tensors, folder)
+    info |= {**settings, "trunk": checkpoint.fingerprint(model), "shape": model.shape}
+    return model, info | {"preprocessing": {**preprocessing, **images}}
+
+
+def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
+    """The names of the n classes: those given, or else the folder's."""
+    if classes is not None:
+        parts = classes.split(",")
+        if os.path.isfile(classes):  # Path.is_file raises OSError for a long text
+            parts = Path(classes).read_text("utf-8").strip().split("\n")
+        names = [part.strip() for part in parts]
+    else:
+        names = labels_in(folder)
+    if len(names) != n:
+        raise ValueError(
+            f"{folder}: expected the names of its {n} classes, found {len(names)}; give them with --classes "
+            "in the order of training: comma-separated, or a file with one per line"
+        )
+    return names

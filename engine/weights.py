@@ -9,10 +9,11 @@ trained on. The config.json beside them does. Where it is missing, rules apply, 
 """
 
 import json
+import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -31,7 +32,7 @@ IN21K = "google/vit-base-patch16-224-in21k"
 NAMES = (*TORCHVISION, "in21k", "embedded", "none")  # all else is OWNER/NAME, a file or a folder
 EMBEDDED = Path(__file__).parent.parent / "assets" / "vit_mini.safetensors"
 KAGGLE = Path("/kaggle/input")
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 FILES = (  # the tensors of a folder, by Hugging Face's and OpenCLIP's names
     "model.safetensors",
     "pytorch_model.bin",
@@ -102,10 +103,15 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
             known["num_heads"] = 4
     else:
         config = {} if torchvision_by_file(path) else config_beside(path)
+        depth, found = config.get("num_hidden_layers"), shape["num_layers"]
+        if depth not in (None, found):
+            raise ValueError(
+                f"expected {depth} blocks, as the file beside it says, found {found}; download both again"
+            )
         known = {
+            "pool": pool_of(config, shape, class_token, notes),
             "eps": eps_of(config, layout, shape, notes),
             "activation": activation_of(config, shape),
-            "pool": pool_of(config, shape, class_token, notes),
             "num_heads": config.get("num_attention_heads"),
         }
         images = images_of(config, path, layout, shape, notes)
@@ -123,13 +129,14 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
 def config_beside(path: Path) -> dict:
     """What config.json beside a file says, in Hugging Face's words. From timm's and OpenCLIP's, too."""
     file, openclip_file = path.with_name("config.json"), path.with_name("open_clip_config.json")
-    config, openclip = optional_json(file), optional_json(openclip_file)
+    config, openclip = said(optional_json(file)), said(optional_json(openclip_file))
     if path.name.startswith("open_clip") and openclip:
         model = part(openclip, "model_cfg", openclip_file)
         vision = part(model, "vision_cfg", openclip_file)
         images = part(openclip, "preprocess_cfg", openclip_file)
         config = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
         config["images"] = images_in_cfg(images, openclip_file)
+        config["num_hidden_layers"] = vision.get("layers")
         if "width" in vision:
             for key in ("width", "head_width"):
                 check_number(vision.get(key, 64), key, openclip_file)
@@ -138,8 +145,10 @@ def config_beside(path: Path) -> dict:
         images = part(config, "pretrained_cfg", file) or config
         name = str(config.get("architecture") or images.get("architecture"))
         quick = "quick_gelu" if "quickgelu" in name else "gelu"
-        heads = part(config, "model_args", file).get("num_heads")  # of models with other arguments
-        config = {"architecture": name, "hidden_act": quick, "num_attention_heads": heads}
+        args = part(config, "model_args", file)  # where they are not the architecture's
+        config = {"architecture": name, "hidden_act": args.get("act_layer", quick)}
+        config["num_attention_heads"] = args.get("num_heads")
+        config["num_hidden_layers"] = args.get("depth")
         config["images"] = images_in_cfg(images, file)
     elif str(config.get("model_type")).startswith("clip"):
         # These two are CLIPVisionConfig's defaults, which a file may leave out.
@@ -160,11 +169,17 @@ def part(config: dict, key: str, file: Path) -> dict:
     return found
 
 
+def said(value):
+    """A value from a JSON file without the nulls in it: they stand for what is not said."""
+    if not isinstance(value, dict):
+        return value
+    return {key: said(inner) for key, inner in value.items() if inner is not None}
+
+
 def eps_of(config: dict, layout: str, shape: dict, notes: list[str]) -> float:
     """The eps of every LayerNorm."""
     eps = config.get("layer_norm_eps", EPS.get(layout, 1e-5 if shape["pre_norm"] else 1e-6))
-    if not isinstance(eps, int | float) or eps <= 0:
-        raise ValueError(f"config.json: layer_norm_eps: expected a number above 0, found {eps!r}")
+    check_number(eps, "layer_norm_eps", Path("config.json"))
     if not config and layout not in ("ours", "torchvision"):
         notes.append(f"LayerNorm eps {eps:g}")
     return eps
@@ -196,7 +211,8 @@ def activation_of(config: dict, shape: dict) -> str:
             "config.json (or open_clip_config.json) beside it"
         )
     if found not in (None, "gelu", "quick_gelu"):
-        raise ValueError(f"config.json: hidden_act: expected gelu or quick_gelu, found {found!r}")
+        key = "act_layer" if "architecture" in config else "hidden_act"
+        raise ValueError(f"config.json: {key}: expected gelu or quick_gelu, found {found!r}")
     return found or "gelu"
 
 
@@ -223,7 +239,7 @@ def images_of(config: dict, path: Path, layout: str, shape: dict, notes: list[st
     if (source := torchvision_by_file(path)) is not None:
         theirs = torchvision_images(source)
     else:
-        theirs = preprocessing_in(path.parent) or config.get("images") or {}
+        theirs = preprocessing_in(path.parent, config.get("images"))
     if not {"mean", "std"} <= theirs.keys():
         notes.append(f"images as for {rule}")
     images |= theirs
@@ -254,21 +270,26 @@ def images_by_rule(words: str, layout: str, shape: dict) -> tuple[dict, str]:
         return {**IMAGENET, **bicubic}, "DeiT"
     if named := re.search("deit|dino|mae|jepa", words):
         return {**IMAGENET, **bicubic}, named[0].upper()
+    if not shape["prefix_tokens"]:
+        return {**IMAGENET, **bicubic}, "I-JEPA"
     if layout in ("vit", "vit5"):
         return {**HALF, **plain}, "google's ViT"
     return {**HALF, **bicubic}, "timm's augreg"
 
 
-def preprocessing_in(folder: Path) -> dict:
+def preprocessing_in(folder: Path, other: dict | None = None) -> dict:
     """What a folder's preprocessor_config.json (Hugging Face's) says: mean, std, image_size, crop and
-    interpolation. Empty if there is no such file."""
+    interpolation. Empty if there is no such file.
+
+    other: what another file says, for what this one does not say.
+    """
     file = folder / "preprocessor_config.json"
-    theirs = optional_json(file)
+    theirs, found = said(optional_json(file)), dict(other or {})
     keys = {"mean": "image_mean", "std": "image_std"}
-    found = {ours: triple(theirs[key], key, file) for ours, key in keys.items() if key in theirs}
+    found |= {ours: triple(theirs[key], key, file) for ours, key in keys.items() if key in theirs}
     if "resample" in theirs:
         number = theirs["resample"]
-        known = FILTERS.get(number) if isinstance(number, int) else None
+        known = FILTERS.get(number) if is_number(number) else None
         found["interpolation"] = interpolation(known or number, "resample", file)
     # Older files have plain numbers: size is the shorter side, crop_size the side of a square.
     edge, crop = theirs.get("size"), theirs.get("crop_size")
@@ -282,7 +303,9 @@ def preprocessing_in(folder: Path) -> dict:
             raise ValueError(
                 f"{file}: crop_size: expected at most {edge}, the size of the resized images, found {crop}"
             )
-        found |= {"image_size": int(crop), "crop": crop / edge}
+        found["image_size"] = int(crop)
+        if "do_center_crop" in theirs or "crop" not in found:
+            found["crop"] = crop / edge
     if "crop_pct" in theirs:  # sizes in whole pixels round it
         check_number(theirs["crop_pct"], "crop_pct", file)
         found["crop"] = min(1.0, theirs["crop_pct"])
@@ -307,17 +330,24 @@ def images_in_cfg(cfg: dict, file: Path) -> dict:
 
 
 def triple(value, key: str, file: Path) -> list[float]:
-    """Three numbers. Raises ValueError, naming file and key, for anything else."""
-    if not isinstance(value, list) or len(value) != 3:
-        raise ValueError(f"{file}: {key}: expected three numbers, found {value!r}")
-    for number in value:
-        if not isinstance(number, int | float):
-            raise ValueError(f"{file}: {key}: expected three numbers, found {value!r}")
+    """Three numbers; a deviation's are above 0. Raises ValueError, naming file and key, for anything else."""
+    least, above = (0, " above 0") if key.endswith("std") else (-math.inf, "")
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or not all(is_number(number) and least < number for number in value)
+    ):
+        raise ValueError(f"{file}: {key}: expected three numbers{above}, found {value!r}")
     return value
 
 
+def is_number(value) -> bool:
+    """False for JSON's true, NaN and Infinity too, which Python takes for numbers."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def check_number(value, key: str, file: Path) -> None:
-    if not isinstance(value, int | float) or value <= 0:
+    if not is_number(value) or value <= 0:
         raise ValueError(f"{file}: {key}: expected a number above 0, found {value!r}")
 
 
@@ -378,7 +408,7 @@ def torchvision_state(source: WeightsEnum, weights: str) -> dict:
 def is_hub_name(weights: str) -> bool:
     """True for OWNER/NAME on Hugging Face, if no such file or folder is here."""
     like = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", weights)
-    return bool(like) and not weights.endswith(SUFFIXES) and not Path(weights).exists()
+    return bool(like) and not weights.lower().endswith(SUFFIXES) and not Path(weights).exists()
 
 
 def check_weights(weights: str) -> None:
@@ -410,7 +440,7 @@ def find(weights: str) -> Path:
 def tensors_in(folder: Path) -> Path:
     """The file of tensors in a folder: one of FILES, or the only one that there is."""
     found = [folder / name for name in FILES if (folder / name).is_file()]
-    found = found or [path for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES]
+    found = found or [p for p in sorted(folder.iterdir()) if p.name.lower().endswith(SUFFIXES)]
     if len(found) == 1 or (found and found[0].name in FILES):
         return found[0]
     content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
@@ -429,12 +459,15 @@ def find_hub(name: str) -> Path:
     short = Path(name).name
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = hub / f"models--{name.replace('/', '--')}" / "snapshots"
+    snapshots = snapshots_in(hub / f"models--{name.replace('/', '--')}")
     place = Path(torch.hub.get_dir()) / "checkpoints" / name.replace("/", "--")
-    for folder in (*snapshots.glob("*"), Path(short), place):
+    for folder in (*snapshots, Path(short), place):
         for file in FILES:
             if (folder / file).is_file():
                 return folder / file
+    older = place.with_name(f"{short}.safetensors")  # where earlier versions of this project put it
+    if name == IN21K and older.is_file():
+        return older
     for folder in folders_below(KAGGLE, short):  # last: it may hold a million images
         if any((folder / file).is_file() for file in FILES):
             return tensors_in(folder)
@@ -449,21 +482,35 @@ def find_hub(name: str) -> Path:
         ) from None
 
 
+def snapshots_in(folder: Path) -> list[Path]:
+    """The snapshots of a model in Hugging Face's cache: the one of main, and then the newest first."""
+    ref = folder / "refs" / "main"
+    main = ref.read_text().strip() if ref.is_file() else ""
+    found = (folder / "snapshots").glob("*")
+    return sorted(
+        found, key=lambda path: (path.name == main, path.stat().st_mtime, path.name), reverse=True
+    )
+
+
 def download(url: str, place: Path) -> Path:
     """Download the tensors at a URL, and what lies beside them, into a folder: all of it or nothing."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f"{place.name}.", suffix=".part", dir=place.parent))
+    part = place.with_name(f"{place.name}.{secrets.token_hex(4)}.part")
+    part.mkdir(parents=True)  # not with mkdtemp, whose folders nobody else may read
     try:
         for file in BESIDE:
             if fetched(url + file, part / file):
                 read_json(part / file)
-        print(f"downloading {url}{FILES[0]} to {place}", flush=True)
+        print(f"downloading {url} to {place}", flush=True)
         name = next((file for file in FILES[:2] if fetched(url + file, part / file)), None)
         if name is None:
             raise OSError(f"it has no {' or '.join(FILES[:2])}")
         read_tensors(part / name)  # refuses a file that breaks off
-        part.rename(place)
-        return place / name
+        try:
+            part.rename(place)
+        except OSError:
+            if not place.is_dir():  # otherwise another process has just downloaded it
+                raise
+        return tensors_in(place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from adapters import write_adapter
 from hf import refuse_network
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
@@ -19,6 +20,8 @@ import vit
 from attention import Attention, join_attention, split_attention
 from engine import checkpoint, weights
 from engine.adapt import ADAPT, adapt
+from engine.config import parse
+from engine.start import begin
 
 
 @pytest.fixture(autouse=True)
@@ -262,6 +265,49 @@ def test_an_adapter_file_of_before_keeps_torchvision_s_positions(tmp_path, adapt
     # the old rule stays with the model when its adapter is saved again
     checkpoint.save_adapter(new, trained, info | {"shape": loaded.shape})
     assert torch.equal(vit.load_adapter(new)[0](x), loaded(x))
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_key_of_a_newer_version_in_the_shape_is_one_line(tmp_path, adapter):
+    """In whatever way the file is read: with its trunk, to start from, and as pretrained weights."""
+    path = tmp_path / "a.safetensors"
+    readers = [vit.load_adapter, lambda path: begin(parse(["--init-adapter", str(path)]))]
+    if adapter == "full":
+        readers.append(lambda path: vit.build(None, path))
+    write_adapter(path, adapter)
+    for read in readers:
+        read(path)  # the control
+    tensors, info = checkpoint.read_adapter(path)
+    info["shape"]["gate"] = 3
+    checkpoint.write_adapter(path, tensors, info)
+    for read in readers:
+        message = r"a\.safetensors: shape: gate: expected no such key; .* newer version"
+        with pytest.raises(ValueError, match=message) as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_model_beside_an_adapter_must_be_its_trunk(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    write_adapter(path, "lora")
+    given = ["--init-adapter", path]
+    begin(parse(given))
+    begin(parse([*given, "--model", "vit_mini"]))  # the control
+    begin(parse([*given, "--image-size", "56", "--model", "vit_mini"]))
+    for model, expected in (("vit_b_16", 7), ("vit_h_14", 7)):
+        patch = vit.named_shape(model)["patch_size"]
+        message = (
+            rf"--model {model}: patch_size: expected {expected}, as in .*, found {patch}; leave"
+        )
+        with pytest.raises(ValueError, match=message) as error:
+            begin(parse([*given, "--model", model]))
+        assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("info", [{}, {"model": "vit_huge"}])
+def test_an_adapter_file_without_a_shape_is_one_line(info, tmp_path):
+    with pytest.raises(ValueError, match=r"^a\.safetensors: shape: expected the trunk's shape"):
+        vit.shape_in(info, "a.safetensors")
 
 
 def test_random_weights_depend_only_on_their_seed():

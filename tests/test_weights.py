@@ -2,7 +2,9 @@
 where they are looked for: caches, folders, and a server on this machine that stands in for Hugging Face."""
 
 import json
+import math
 import os
+import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -130,6 +132,10 @@ def test_hugging_face_s_logits_from_a_folder_that_it_saved(tmp_path):
         ),
         ({"resample": 2}, {"interpolation": "bilinear"}),
         ({"resample": 1, "size": 35}, {"image_size": 35, "crop": 1.0, "interpolation": "bicubic"}),
+        (  # null: not said
+            {"resample": None, "crop_pct": None, "size": {"shortest_edge": None, "height": 35}},
+            {"image_size": 35, "crop": 1.0},
+        ),
     ],
     ids=str,
 )
@@ -166,9 +172,20 @@ def test_a_side_that_is_no_multiple_of_the_patch_leaves_the_model_s_own(tmp_path
         ({"size": -1}, r"size: expected a number above 0, found -1"),
         ({"size": [224, 224]}, r"size: expected a number above 0, found \[224, 224\]"),
         ({"image_mean": 0.5}, r"image_mean: expected three numbers, found 0\.5"),
-        ({"image_std": [1, 2]}, r"image_std: expected three numbers, found \[1, 2\]"),
-        ({"image_std": [1, 2, "3"]}, r"image_std: expected three numbers, found \[1, 2, '3'\]"),
+        ({"image_std": [1, 2]}, r"image_std: expected three numbers above 0, found \[1, 2\]"),
+        ({"image_std": [1, 2, "3"]}, r"image_std: expected three numbers .*, found \[1, 2, '3'\]"),
+        ({"image_std": [1, 0, 1]}, r"image_std: expected three numbers above 0, found \[1, 0, 1\]"),
+        ({"image_std": [1, 1, True]}, r"image_std: expected three numbers .* found \[1, 1, True\]"),
+        (
+            {"image_mean": [0, 0, math.inf]},
+            r"image_mean: expected three numbers, found \[0, 0, inf",
+        ),
         ({"resample": 9}, r"resample: expected bilinear or bicubic"),
+        ({"resample": True}, r"resample: expected bilinear or bicubic, found True"),
+        ({"size": True}, r"size: expected a number above 0, found True"),
+        ({"size": math.nan}, r"size: expected a number above 0, found nan"),
+        ({"size": math.inf}, r"size: expected a number above 0, found inf"),
+        ({"crop_pct": True}, r"crop_pct: expected a number above 0, found True"),
     ],
     ids=str,
 )
@@ -179,11 +196,105 @@ def test_a_wrong_preprocessor_config_is_refused_with_the_key(config, message, tm
     assert "\n" not in str(error.value)
 
 
+def test_what_is_null_beside_the_weights_is_not_said(tmp_path):
+    """The rule holds, as if the key were missing."""
+    hf_vit().save_pretrained(tmp_path)
+    rule = vit.build("vit_mini", str(tmp_path), 3)[1]
+    content = {"image_mean": None, "image_std": None, "resample": None, "size": None}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    assert vit.build("vit_mini", str(tmp_path), 3)[1] == rule
+    config = json.loads((tmp_path / "config.json").read_text())
+    for eps, found in ((None, 1e-12), (1e-3, 1e-3)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": eps}))
+        assert vit.build("vit_mini", str(tmp_path), 3)[0].encoder.ln.eps == found
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_norm_eps": True}))
+    with pytest.raises(ValueError, match="layer_norm_eps: expected a number above 0, found True"):
+        vit.build("vit_mini", str(tmp_path), 3)
+
+
+def test_each_value_is_of_the_first_file_that_says_it(tmp_path):
+    """preprocessor_config.json, then timm's config.json, then the rule."""
+    save_file(timm_vit().state_dict(), tmp_path / "model.safetensors")
+    cfg = {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "crop_pct": 0.8}
+    config = {"architecture": "deit_tiny_patch16_224", "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "crop": 0.8, "image_size": 28}
+    images["interpolation"] = "bicubic"
+    assert vit.build("vit_mini", str(tmp_path), 3)[1] == images
+    file = tmp_path / "preprocessor_config.json"
+    for content, changed in [
+        ({"size": 35}, {"image_size": 35}),
+        ({"image_std": [2, 2, 2]}, {"std": [2, 2, 2]}),
+        ({"size": 35, "do_center_crop": False}, {"image_size": 35, "crop": 1.0}),
+        (
+            {"size": 56, "do_center_crop": True, "crop_size": 28, "resample": 2},
+            {"crop": 0.5, "interpolation": "bilinear"},
+        ),
+    ]:
+        file.write_text(json.dumps(content))
+        assert vit.build("vit_mini", str(tmp_path), 3)[1] == images | changed
+
+
 def test_timm_s_logits(tmp_path):
     model = timm_vit()
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
     logits = ours(tmp_path / "timm.safetensors", model.head)
     torch.testing.assert_close(logits, model(images()), rtol=0, atol=1e-10)
+
+
+def test_timm_s_act_layer_is_read(tmp_path):
+    """config.json has the arguments with which the model differs from its architecture."""
+    model = timm_vit()
+    for block in model.blocks:
+        block.mlp.act = timm.layers.get_act_layer("quick_gelu")()
+    logits = model(images())
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"mean": [0.5] * 3}}
+    config["pretrained_cfg"]["std"] = [0.5] * 3
+    for args, equal in [
+        ({"act_layer": "quick_gelu"}, True),
+        ({"act_layer": "gelu"}, False),
+        ({"act_layer": None}, False),
+        ({}, False),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": args}))
+        difference = (ours(tmp_path, model.head) - logits).abs().max()
+        assert (difference < 1e-10) == equal and (difference > 1e-4) != equal, args
+    config["model_args"] = {"act_layer": "silu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="act_layer: expected gelu or quick_gelu, found 'silu'"):
+        ours(tmp_path, model.head)
+
+
+def test_a_file_without_its_last_block_is_refused(tmp_path):
+    """Its other tensors are a whole model of five blocks. What lies beside it says six."""
+    clip = {"model_cfg": {"vision_cfg": {"layers": 6, "width": 128, "head_width": 32}}}
+    for model, name, file, config in [
+        (hf_vit(), "model.safetensors", "config.json", None),
+        (
+            timm_vit(),
+            "model.safetensors",
+            "config.json",
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 6, "num_heads": 4}},
+        ),
+        (timm_vit(), "open_clip_model.safetensors", "open_clip_config.json", clip),
+    ]:
+        folder = tmp_path / f"{type(model).__name__}-{name}"
+        folder.mkdir()
+        if config is None:
+            model.save_pretrained(folder)
+        else:
+            save_file(model.state_dict(), folder / name)
+            (folder / file).write_text(json.dumps(config))
+        assert vit.build(None, str(folder), 3)[0].shape["num_layers"] == 6  # the control
+        state = load_file(folder / name)
+        last = re.compile(r"\b(layer|blocks)\.5\.")
+        save_file({k: t for k, t in state.items() if not last.search(k)}, folder / name)
+        with pytest.raises(ValueError, match=r"expected 6 blocks, .*, found 5") as error:
+            vit.build(None, str(folder), 3)
+        assert str(folder / name) in str(error.value) and "\n" not in str(error.value)
+        (folder / file).unlink()
+        assert vit.build(None, str(folder), 3, heads=4)[0].shape["num_layers"] == 5
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -372,6 +483,28 @@ def test_hugging_face_s_cache_has_links_and_may_lie_elsewhere(
         weights.find(DINO)
 
 
+def test_of_several_snapshots_main_s_is_taken_and_else_the_newest(machine):
+    """Their names are hashes, and folders come in any order."""
+    model = machine / "home/hub/models--facebook--dinov2-small"
+    names = ["b", "d", "a", "c", "e"]
+    for age, name in enumerate(names):
+        (model / "snapshots" / name).mkdir(parents=True)
+        (model / "snapshots" / name / "model.safetensors").write_bytes(b"")
+        os.utime(model / "snapshots" / name, (1e9 - age, 1e9 - age))
+    (model / "refs").mkdir()
+    for name in names:
+        (model / "refs" / "main").write_text(name)
+        assert weights.find(DINO).parent.name == name
+    (model / "refs" / "main").write_text("f")  # a snapshot that is not here
+    assert weights.find(DINO).parent.name == "b"
+    (model / "refs" / "main").unlink()
+    assert weights.find(DINO).parent.name == "b"
+    os.utime(model / "snapshots" / "a", (2e9, 2e9))
+    assert weights.find(DINO).parent.name == "a"
+    (model / "snapshots/a/model.safetensors").unlink()  # as after a download of config.json alone
+    assert weights.find(DINO).parent.name == "b"
+
+
 @pytest.mark.parametrize("file", weights.FILES)
 @pytest.mark.parametrize(
     "folder",
@@ -400,6 +533,16 @@ def test_in21k_is_found_in_the_known_folders(folder, machine):
     (machine / folder).mkdir(parents=True)
     (machine / folder / "pytorch_model.bin").write_bytes(b"")
     assert (machine / folder / "pytorch_model.bin").samefile(weights.find("in21k"))
+
+
+def test_in21k_is_found_where_earlier_versions_put_it(hub, machine):
+    file = machine / "torch/hub/checkpoints/vit-base-patch16-224-in21k.safetensors"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"")
+    assert weights.find("in21k") == weights.find(weights.IN21K) == file
+    with pytest.raises(OSError, match="cannot be downloaded"):  # the control: another owner's
+        weights.find("other/vit-base-patch16-224-in21k")
+    assert hub.asked
 
 
 class Hub(ThreadingHTTPServer):
@@ -471,6 +614,10 @@ def test_a_name_of_hugging_face_is_downloaded_once_with_what_lies_beside(hub, ma
     for file in (path.name, *BESIDE):
         assert (path.parent / file).read_bytes() == (repository / file).read_bytes()
     assert len(list(path.parent.iterdir())) == 3
+    (machine / "mine").mkdir()  # whoever may read other new files may read these
+    (machine / "mine" / "file").touch()
+    for found, other in ((path.parent, "mine"), (path, "mine/file")):
+        assert found.stat().st_mode == (machine / other).stat().st_mode
     hub.files.clear()  # the second time, nothing is asked for
     assert check_dino(repository) == path
     assert len(hub.asked) == 3
@@ -488,9 +635,11 @@ def test_in21k_is_downloaded_from_google_s(hub, machine, repository):
     assert len(hub.asked) == 3
 
 
-def test_only_pytorch_model_bin_is_there(hub, machine, repository):
+def test_only_pytorch_model_bin_is_there(hub, machine, repository, capsys):
     hub.serve(repository, files=("pytorch_model.bin", *BESIDE))
     check_dino(repository, file="pytorch_model.bin")
+    output = capsys.readouterr().out
+    assert f"/{DINO}/resolve/main/ to {machine}" in output and "safetensors" not in output
     assert hub.asked.count("model.safetensors") == hub.asked.count("pytorch_model.bin") == 1
     assert len(hub.asked) == 4
     folder = machine / "torch/hub/checkpoints/facebook--dinov2-small"
@@ -575,6 +724,28 @@ def test_a_killed_download_is_not_taken_for_whole(hub, machine, repository, star
     check_dino(repository)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_two_processes_download_the_same_at_once(whole, hub, machine, repository, monkeypatch):
+    """whole: while this one downloads, the other one finishes; else its folder has no tensors."""
+    place = machine / "torch/hub/checkpoints/facebook--dinov2-small"
+    own = weights.read_tensors
+
+    def slow(path):
+        if not place.exists():
+            put(repository, place, ("model.safetensors", *BESIDE) if whole else BESIDE)
+        return own(path)
+
+    hub.serve(repository)
+    monkeypatch.setattr(weights, "read_tensors", slow)
+    if whole:
+        assert check_dino(repository) == place / "model.safetensors"
+    else:
+        with pytest.raises(OSError, match=r"dinov2-small: expected model\.safetensors .* found"):
+            weights.find(DINO)
+    assert downloads(machine) == ["facebook--dinov2-small"]
+    assert "model.safetensors" in hub.asked
+
+
 class Bomb:
     def __reduce__(self):
         return (open, ("bomb-went-off", "w"))
@@ -601,6 +772,9 @@ def test_a_malicious_bin_is_refused_and_not_run(hub, machine):
         "runs/x.pth",
         "runs/x.safetensors",
         "x.bin",
+        "runs/x.ckpt",
+        "x/y.pth.tar",
+        "x/y.PTH",
         "a/b/c",
         "./a/b",
         "/a/b",
@@ -614,7 +788,7 @@ def test_a_mistyped_path_is_no_name_and_asks_no_network(path, hub, machine):
         with pytest.raises(FileNotFoundError, match=r"no such file, and no such name") as error:
             function(path)
         assert path in str(error.value) and "\n" not in str(error.value)
-    assert hub.asked == []
+    assert not weights.is_hub_name(path) and hub.asked == []
     weights.check_weights("runs/x")  # the control: this may be a name, and is asked for
     with pytest.raises(OSError, match="cannot be downloaded"):
         weights.find("runs/x")
@@ -633,6 +807,14 @@ def test_a_full_name_keeps_names_and_makes_paths_absolute(machine):
         weights.find(DINO)
 
 
+@pytest.mark.parametrize("name", ["x.PTH", "x.pth.tar", "last.ckpt"])
+def test_the_only_file_of_tensors_in_a_folder(name, machine):
+    (machine / "folder").mkdir()
+    (machine / "folder" / name).touch()
+    (machine / "folder" / "log.txt").touch()
+    assert weights.find("folder").name == name
+
+
 def test_a_folder_here_is_read_before_a_name_is_asked_for(hub, machine, repository):
     put(repository, machine / DINO)
     check_dino(repository)
@@ -646,9 +828,12 @@ def test_wrong_files_are_refused_with_the_key(tmp_path):
         (lambda s: s.pop("vit." + key), rf"vit\.{key}: expected a tensor, found none"),
         (
             lambda s: s.update({"vit.embeddings.more": torch.ones(1)}),
-            r"embeddings\.more: expected no",
+            r"safetensors: vit\.embeddings\.more: expected no",
         ),
-        (lambda s: s.update({"vit." + key: torch.ones(2, 2)}), r"\(128, 128\), found \(2, 2\)"),
+        (
+            lambda s: s.update({"vit." + key: torch.ones(2, 2)}),
+            rf"vit\.{key} .*: expected shape \(128, 128\), found \(2, 2\)",
+        ),
     ]:
         changed = dict(state)
         change(changed)
@@ -663,3 +848,92 @@ def test_wrong_files_are_refused_with_the_key(tmp_path):
     (tmp_path / "folder" / "config.json").write_text(json.dumps({"layer_norm_eps": 1e-12}))
     with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or .* found config"):
         vit.build("vit_mini", str(tmp_path / "folder"))
+
+
+SHAPES = {  # by the end of the key: a wrong shape
+    "cls_token": (1, 1, 127),
+    "pos_embed": (1, 17, 127),
+    "patch_embed.proj.weight": (128, 147),
+    "patch_embed.proj.bias": (),
+    "blocks.4.attn.qkv.weight": (2, 128),
+    "blocks.4.attn.qkv.bias": (),
+    "blocks.4.attn.proj.weight": (128, 64),
+    "blocks.0.mlp.fc1.weight": (512,),
+    "blocks.0.mlp.fc2.weight": (128,),
+    "blocks.5.norm2.bias": (1, 128),
+}
+
+
+@pytest.mark.parametrize("key", SHAPES)
+def test_a_tensor_of_a_wrong_shape_is_named_as_in_the_file(key, tmp_path):
+    state = timm_vit().state_dict()
+    state = {f"module.{name}": tensor for name, tensor in state.items()}
+    save_file(state, tmp_path / "whole.safetensors")
+    vit.build("vit_mini", str(tmp_path / "whole.safetensors"), 3)  # the control
+    state[f"module.{key}"] = torch.ones(SHAPES[key])
+    save_file(state, tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError) as error:
+        vit.build("vit_mini", str(tmp_path / "wrong.safetensors"), 3)
+    message = str(error.value)
+    assert f"wrong.safetensors: module.{key} (" in message and "\n" not in message
+    assert "expected shape (" in message and f"found {SHAPES[key]}" in message
+
+
+def test_tokens_that_no_square_of_patches_fits_are_one_line(tmp_path):
+    state = timm_vit().state_dict() | {"reg_token": torch.ones(1, 4, 128)}
+    for rows in (3, 15):
+        state["pos_embed"] = torch.ones(1, rows, 128)
+        save_file(state, tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match=rf"position embedding: .* 5 more, found {rows}$"):
+            vit.build(None, str(tmp_path / "wrong.safetensors"), 3, heads=4)
+
+
+def others() -> list[tuple[nn.Module, str]]:
+    """Models that are no plain ViT, and what the error has to name."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    headless = transformers.SiglipVisionConfig(**config.to_dict() | {"vision_use_head": False})
+    with torch.device("meta"):
+        return [
+            (transformers.SiglipVisionModel(config), "SigLIP"),
+            (transformers.SiglipVisionModel(headless), "SigLIP"),
+            (timm.create_model("vit_tiny_patch16_224", global_pool="avg"), "fc_norm"),
+            (timm.create_model("beit_base_patch16_224"), "BEiT"),
+            (timm.create_model("resnet18"), "ResNet"),
+            (timm.create_model("resnet50"), "ResNet"),
+            (timm.create_model("mixer_s32_224"), "ViT"),
+        ]
+
+
+def test_other_models_are_refused_by_family(tmp_path):
+    for model, family in others():
+        state = {key: torch.ones(()).expand(t.shape) for key, t in model.state_dict().items()}
+        torch.save(state, tmp_path / "model.bin")
+        with pytest.raises(
+            ValueError, match=rf"model\.bin: .*{family}.*docs/any-model\.md"
+        ) as error:
+            vit.build(None, str(tmp_path / "model.bin"), 3)
+        assert "\n" not in str(error.value)
+    # the control: the mean after the last LayerNorm is supported
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_gap_224", embed_dim=192, depth=1)
+    state = {key: torch.ones(()).expand(t.shape) for key, t in model.state_dict().items()}
+    torch.save(state, tmp_path / "model.bin")
+    assert vit.build(None, str(tmp_path / "model.bin"), 3, heads=3)[0].shape["pool"] == "mean"
+
+
+def test_facebook_s_file_without_a_class_token(tmp_path):
+    """I-JEPA: timm's names after "module.". The file's name does not name the family."""
+    model = timm.create_model(
+        "vit_base_patch16_gap_224", img_size=28, patch_size=7, embed_dim=64, depth=2, num_heads=4
+    )
+    model.reset_classifier(3)
+    randomise_all(model)
+    state = {k: t for k, t in model.state_dict().items() if not k.startswith("head.")}
+    file = tmp_path / "IN1K-vit.h.14-300e.pth.tar"
+    torch.save({f"module.{key}": t for key, t in state.items()}, file)
+    built, found = vit.build(None, str(file), 3, heads=4)
+    assert built.shape["pool"] == "mean" and found["mean"] == weights.IMAGENET["mean"]
+    built.heads.head.load_state_dict(model.head.state_dict())
+    torch.testing.assert_close(built.eval()(images()), model(images()), rtol=0, atol=1e-10)
