@@ -17,6 +17,7 @@ In a notebook:
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,9 @@ COLUMNS = {  # TensorBoard's tag: the column of metrics.csv
     "train/throughput": "images_per_second",
     "val/loss": "val_loss",
     "val/accuracy": "val_accuracy",
+    "val/balanced_accuracy": "val_balanced_accuracy",
 }
+FEW = 10  # images of a class, below which it gets a line of advice
 
 
 def fit(run: Run) -> dict:
@@ -53,6 +56,9 @@ def fit(run: Run) -> dict:
         f"({run.trainable / run.total:.2%}), on {len(images):,} images, {run.device}, {str(run.dtype)[6:]}",
         flush=True,
     )
+    advise(run)
+    smoothing = {"label_smoothing": config.label_smoothing}
+    criterion = partial(F.cross_entropy, weight=class_weights(run), **smoothing)
     per_step = config.batch_size * config.grad_accum  # images in a step
     steps = -(-len(images) // per_step)  # in an epoch
     with run.training(optimizer, scaler, steps, COLUMNS):
@@ -80,7 +86,7 @@ def fit(run: Run) -> dict:
                 # and last.pt has the generators of only one.
                 torch.manual_seed((config.seed * 1_000_003 + run.step) % 2**32)
                 count = min(per_step, len(images) - step * per_step)  # the last step may be smaller
-                loss = train_step(run, forward, batches, count, optimizer, scaler)
+                loss = train_step(run, forward, batches, count, optimizer, scaler, criterion)
                 run.step += 1
                 if run.meter.add(loss, count):
                     speed = run.meter.images_per_second
@@ -92,13 +98,14 @@ def fit(run: Run) -> dict:
             batches = run.watch(load_batches(run, run.dataset.val))
             val_loss, val_accuracy = evaluate(forward, batches, confusion)
             run.epoch += 1
-            best = not run.best or val_accuracy > run.best["val_accuracy"]
+            figures = {"val_loss": val_loss, "val_accuracy": val_accuracy}
+            figures["val_balanced_accuracy"] = balanced_accuracy(confusion)
+            best = not run.best or score(config, figures) > score(config, run.best)
             if best:
-                run.best = {"val_loss": val_loss, "val_accuracy": val_accuracy}
-                run.best["best_epoch"] = run.epoch
+                run.best = {**figures, "best_epoch": run.epoch}
                 run.best_tensors = checkpoint.trained(model)
                 run.extra["confusion"] = confusion
-            log_epoch(run, val_loss, val_accuracy)
+            log_epoch(run, figures)
             run.save()  # before the adapter file: a run that has one can be resumed
             if best or checkpoint.ADAPTER_FILE in run.unwritten:
                 run.save_adapter()
@@ -115,18 +122,22 @@ def rate(step: int, steps: int, warmup: float = 0.0) -> float:
     return step / rising if step < rising else 1 - (step - rising) / (steps - rising)
 
 
-def train_step(run: Run, forward, batches, count: int, optimizer, scaler) -> torch.Tensor:
+def train_step(
+    run: Run, forward, batches, count: int, optimizer, scaler, criterion=F.cross_entropy
+) -> torch.Tensor:
     """One step of the optimizer on the next `count` images; returns their mean loss.
 
-    Each image has the same weight: the gradient equals that of one large batch, for any number of batches
-    and processes. Processes exchange gradients in the last backward only; DDP takes their mean. --clip-norm
-    limits the norm of this gradient, without the loss scale.
+    criterion: F.cross_entropy with its weights and label smoothing.
+    Each image counts alike, or as its class weighs: the gradient equals that of one large batch, for any
+    number of batches and processes. Processes exchange gradients in the last backward only; DDP takes their
+    mean. --clip-norm limits the norm of this gradient, without the loss scale.
     """
     mean_loss = torch.zeros((), device=run.device)
     for left in reversed(range(-(-count // run.config.batch_size))):
         pixels, labels = next(batches)
         with forward.no_sync() if left and processes() > 1 else nullcontext():
-            loss = F.cross_entropy(forward(pixels).float(), labels, reduction="sum") / count
+            logits = forward(pixels).float()
+            loss = criterion(logits, labels, reduction="sum") / count
             scaler.scale(loss * processes()).backward()
         mean_loss += loss.detach()
     if run.config.clip_norm:
@@ -136,6 +147,17 @@ def train_step(run: Run, forward, batches, count: int, optimizer, scaler) -> tor
     scaler.update()
     optimizer.zero_grad()
     return devices.add_up(mean_loss)
+
+
+def class_weights(run: Run) -> torch.Tensor | None:
+    """(classes,): images / (classes that have images * images of the class), so that an image's mean weight
+    is 1, as scikit-learn's "balanced"; None if all images count alike."""
+    if run.config.class_weights == "none":
+        return None
+    labels = torch.as_tensor(run.dataset.train.labels)
+    counts = labels.bincount(minlength=len(run.dataset.classes))
+    weights = len(labels) / ((counts > 0).sum() * counts.clamp(min=1))
+    return weights.to(run.device, torch.float32)
 
 
 @torch.inference_mode()
@@ -165,15 +187,43 @@ def evaluate(
     return loss / total, correct / total
 
 
-def log_epoch(run: Run, val_loss: float, val_accuracy: float) -> None:
+def balanced_accuracy(confusion: torch.Tensor) -> float:
+    """The mean over classes of the fraction (0..1) of their images that are recognised."""
+    images = confusion.sum(1).double()
+    return (confusion.diag() / images)[images > 0].mean().item()
+
+
+def score(config: Config, figures: dict) -> float:
+    """What the best epoch has most of."""
+    if config.best_by == "loss":
+        return -figures["val_loss"]
+    return figures["val_balanced_accuracy" if config.best_by == "balanced" else "val_accuracy"]
+
+
+def advise(run: Run) -> None:
+    """Name the classes with few training images. Not with --limit, which is for trying things out."""
+    names, counts = run.dataset.classes, {}
+    for label in run.dataset.train.labels.tolist():
+        counts[label] = counts.get(label, 0) + 1
+    few = sorted((count, names[label]) for label, count in counts.items() if count < FEW)
+    if few and not run.config.limit:
+        listed = ", ".join(f"{name} ({count})" for count, name in few[:3])
+        print(
+            f"{len(few)} of {len(counts)} classes have fewer than {FEW} training images: {listed}"
+            f"{' ...' if len(few) > 3 else ''}; collect more, or try --class-weights balanced"
+        )
+
+
+def log_epoch(run: Run, figures: dict[str, float]) -> None:
     """Write an epoch's metrics to TensorBoard, metrics.csv and the screen."""
-    row = {"val/loss": val_loss, "val/accuracy": val_accuracy}
+    row = {key.replace("val_", "val/"): value for key, value in figures.items()}
     row["val/best_accuracy"] = run.best["val_accuracy"]
     norms = [norm for norm in relative_norms(run.model).values() if math.isfinite(norm)]
     run.log.write(row | ({"weights/relative_update": norms} if norms else {}))
     print(
         f"epoch {run.epoch}/{run.config.epochs}: train loss {run.meter.mean(run.steps):.4f}, "
-        f"validation loss {val_loss:.4f}, accuracy {val_accuracy:.2%}, "
+        f"validation loss {figures['val_loss']:.4f}, accuracy {figures['val_accuracy']:.2%}, "
+        f"balanced {figures['val_balanced_accuracy']:.2%}, "
         f"{run.meter.images_per_second:,.0f} images/s",
         flush=True,
     )
@@ -189,7 +239,9 @@ def finish(run: Run, forward: nn.Module) -> dict:
     figures, metrics = dict(run.best), {"val/best_accuracy": run.best["val_accuracy"]}
     if config.test:
         batches = run.watch(load_batches(run, run.dataset.test))
-        figures["test_loss"], figures["test_accuracy"] = evaluate(forward, batches)
+        confusion = torch.zeros_like(run.extra["confusion"])
+        figures["test_loss"], figures["test_accuracy"] = evaluate(forward, batches, confusion)
+        figures["test_balanced_accuracy"] = balanced_accuracy(confusion)
         metrics["test/accuracy"] = figures["test_accuracy"]
         list_unreadable(run)
         print(f"Test Accuracy: {figures['test_accuracy']:.2%}")

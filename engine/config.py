@@ -77,6 +77,17 @@ class Config:
     warmup: float = option(0.0, "fraction of all steps in which the rate rises linearly to --lr")
     weight_decay: float = option(0.01, "AdamW's weight decay")
     clip_norm: float = option(0.0, "largest norm of a step's gradients; 0: they are not clipped")
+    label_smoothing: float = option(
+        0.0, "share of each training label that is spread evenly over all classes"
+    )
+    class_weights: str = option(
+        "none", "weights of the classes in the training loss", ("none", "balanced")
+    )
+    best_by: str = option(
+        "accuracy",
+        "figure of the validation by which the best epoch is kept",
+        ("accuracy", "balanced", "loss"),
+    )
     recompute: bool = option(
         False, "run each block again in backward, and keep less for it: slower, less memory"
     )
@@ -204,6 +215,7 @@ def check(config: Config) -> None:
         "warmup in [0, 1)": 0 <= config.warmup < 1,
         "weight_decay >= 0": 0 <= config.weight_decay < math.inf,
         "clip_norm >= 0": 0 <= config.clip_norm < math.inf,
+        "label_smoothing in [0, 1)": 0 <= config.label_smoothing < 1,
         "min_crop in (0, 1]": 0 < config.min_crop <= 1,
         "holdout in [0, 1)": 0 <= config.holdout < 1,
         "head_dropout in [0, 1)": 0 <= config.head_dropout < 1,
