@@ -23,7 +23,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import ViT_B_16_Weights
 
-from engine.images import Crops, Split, ignore_interrupts, stand_in, usable
+from engine.images import Crops, Requests, Split, ignore_interrupts, stand_in, usable
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -139,7 +139,7 @@ def batches(
     Raises ValueError if ten or more files, and over 1 % of them, cannot be read.
     """
     device = torch.device(device)
-    order, draws = torch.arange(len(split)), None
+    order, draws, reader = torch.arange(len(split)), None, None
     if train:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(split), generator=generator)
@@ -158,21 +158,31 @@ def batches(
     elif cpu and (workers == 0 or small or (kept and workers is None)):
         loader = (crops.on_cpu(map(crops.readable, pairs), len(pairs)) for pairs in requests)
     else:
-        loader = DataLoader(
-            crops,
-            batch_sampler=requests,
-            num_workers=usable(workers),
-            collate_fn=crops.collate,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # for its workers' seeds: leaves the run's alone
-            worker_init_fn=ignore_interrupts,
-        )
+        # A worker process takes a second to start: those of the last epoch go on.
+        kind = str((usable(workers), train, min_crop, flip, preprocessing))
+        reader = split.idle.pop(kind, None)
+        if reader is None:
+            reading = Crops(replace(split, idle={}), preprocessing, min_crop, flip)
+            reader = DataLoader(
+                reading,
+                batch_sampler=Requests(),
+                num_workers=usable(workers),
+                persistent_workers=usable(workers) > 0,
+                collate_fn=reading.collate,
+                pin_memory=pinned,
+                generator=torch.Generator(),  # for its workers' seeds: leaves the run's alone
+                worker_init_fn=ignore_interrupts,
+            )
+        reader.batch_sampler.batches = requests
+        loader = reader
         loader = (crops.mend(*batch) for batch in loader)
         if cpu:
             loader = (crops.on_cpu(images, len(images)) for images in loader)
         else:
             loader = (crops.normalise(images.to(device, non_blocking=pinned)) for images in loader)
     for chunk, share, images in zip(chunks, shares, loader, strict=True):
+        if reader is not None and share is shares[-1]:
+            split.idle[kind] = reader
         rows = [stand_in(split, row) for row in share.tolist()]
         labels = torch.from_numpy(split.labels[rows])
         if i >= len(chunk):

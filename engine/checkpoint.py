@@ -13,16 +13,17 @@ import hashlib
 import io
 import json
 import random
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from engine.adapt import ADAPT
 from engine.devices import out_of_memory
-from engine.files import atomic, first_line, first_mismatch, read_tensors
+from engine.files import atomic, first_line, first_mismatch, read_tensors, write_tensors
 
 ADAPTER_FILE = "adapter.safetensors"  # in a run's folder
 TEXTS = ("adapter", "bias", "model", "weights", "trunk")
@@ -68,14 +69,13 @@ def save_adapter(path: str | Path, model: nn.Module, info: dict) -> None:
 def write_adapter(path: str | Path, tensors: dict[str, torch.Tensor], info: dict) -> None:
     """As save_adapter, for the tensors that trained returned."""
     metadata = {key: value if key in TEXTS else json.dumps(value) for key, value in info.items()}
-    with atomic(Path(path)) as temporary:
-        temporary.write_bytes(save(tensors, metadata))
+    write_tensors(Path(path), tensors, metadata)
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and the info of an adapter file; path may be the folder of its run.
 
-    Raises FileNotFoundError, or ValueError if it is another kind of file or lacks a part of its info.
+    Raises FileNotFoundError, or ValueError if it is damaged, of another kind or lacks a part of its info.
     """
     path = Path(path)
     path = path / ADAPTER_FILE if path.is_dir() else path
@@ -160,19 +160,25 @@ def save_resume(path: Path, model: nn.Module, optimizer, scaler, rest: dict) -> 
 
 
 def read_resume(path: Path, mmap: bool = False) -> dict:
-    """The content of a resume file, on the CPU. Raises ValueError if it is another kind of file.
+    """The content of a resume file, on the CPU. Raises ValueError if it is another kind of file, or damaged.
 
-    mmap: leave the tensors on disk, when only the metadata is needed.
+    mmap: leave the tensors on disk, unchecked, when only the metadata is needed.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with ThreadPoolExecutor(1) as pool:  # meanwhile, or it would take half as long again
+            intact = pool.submit(check_archive, path, not mmap)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            finally:
+                intact.result()
         missing = {"config", "identity", "step", "tensors"} - content.keys()
-    except OSError:
-        raise
     except Exception as error:  # wrong bytes are met with errors of any type
-        if out_of_memory(error):
+        if out_of_memory(error) or getattr(error, "filename", None):
             raise
-        raise ValueError(f"{path}: not a resume file ({first_line(error)})") from None
+        raise ValueError(
+            f"{path}: not a resume file ({first_line(error)}), or damaged; use another copy of it, or remove "
+            "it and start again"
+        ) from None
     if "done" in content and "step" in missing:
         raise ValueError(
             f"{path}: an earlier version of this project wrote it; finish the run with that version, or name "
@@ -181,6 +187,19 @@ def read_resume(path: Path, mmap: bool = False) -> dict:
     if missing:
         raise ValueError(f"{path}: not a resume file (it has no {', '.join(sorted(missing))})")
     return content
+
+
+def check_archive(path: Path, tensors: bool) -> None:
+    """Compare the CRC-32 of each member of torch.save's zip archive, which torch.load does not.
+
+    Raises an error that names the first damaged member. tensors: compare those of the tensors too.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if tensors or "/data/" not in member.filename:
+                archive.read(member)
+            if member.external_attr:  # torch.load leaves the tensor of a "folder" uninitialised
+                raise zipfile.BadZipFile(f"Bad attributes for file {member.filename!r}")
 
 
 def restore_resume(content: dict, model: nn.Module, optimizer, scaler) -> None:

@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-from engine.files import atomic, remove_temporaries
+from engine.files import atomic, checksum, remove_temporaries
 
 SMALL = 96  # pixels: images with sides up to this are always kept
 ORIENTATION = 0x0112  # the EXIF tag
@@ -43,6 +44,9 @@ class Split:
     files: list[str] | None = None
     pixels: np.ndarray | None = None  # (N, H, W, 3) uint8; or Kept, for images of many sizes
     bad: dict[int, str] = field(default_factory=dict)  # unreadable row: reason
+    idle: dict = field(
+        default_factory=dict
+    )  # loaders whose worker processes wait for the next epoch
 
     def __post_init__(self):
         self.labels = np.asarray(self.labels, np.int64)  # NumPy 1's default on Windows has 32 bits
@@ -271,23 +275,31 @@ def bicubic(distance: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def opened(path: str) -> Iterator[Image.Image]:
-    """An open image file. Any error while it is read becomes a ValueError with its name."""
+    """An open image file. Any error while it is read becomes a ValueError with its name.
+
+    PIL's warnings (of many pixels, odd EXIF data) do not appear: they do not name the file.
+    """
     try:
-        with Image.open(path) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                yield image
     except Exception as error:  # broken files make PIL raise errors of any type
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The decoded image as RGB, turned as its EXIF tag says."""
+    """The decoded image as RGB, turned as its EXIF tag says, what is transparent laid on white."""
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         # 0..65535; convert would make all values above 255 white
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):  # the range of their values is unknown
         raise ValueError(f"pixels of mode {image.mode}; save it with 8 or 16 bits per channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -496,8 +508,13 @@ def read_index(path: Path, whole: Whole) -> dict | None:
         index = json.loads(path.with_suffix(".json").read_text())
         fits = path.stat().st_size == sum(3 * high * wide for high, wide in index["sizes"])
         healed = any(not isinstance(whole[int(row)], str) for row in index["bad"])
-        return index if fits and index["identity"] == whole.identity() and not healed else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if not fits or index["identity"] != whole.identity() or healed:
+            return None
+        if "checksum" in index and index["checksum"] != checksum(opened_bytes(path)):
+            print(f"{path}: damaged, it is made anew")
+            return None
+        return index
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
@@ -514,6 +531,8 @@ def write_pixels(path: Path, whole: Whole, workers: int | None) -> dict:
         raise OSError(f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB are free")
     with atomic(path) as temporary, open(temporary, "wb") as file:
         index = {"identity": identity, **whole.decode(workers, file.write)}
+        file.flush()
+        index["checksum"] = checksum(opened_bytes(temporary))
     with atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(index))
     return index
@@ -548,6 +567,16 @@ def progress(iterable=None, **settings) -> tqdm:
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     watched = watched and os.environ.get("RANK", "0") == "0"  # only torchrun's first process
     return tqdm(iterable, leave=False, disable=not watched, **settings)
+
+
+class Requests:
+    """A batch sampler whose batches are set anew for each epoch."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __iter__(self) -> Iterator:
+        return iter(self.batches)
 
 
 def usable(workers: int | None) -> int:

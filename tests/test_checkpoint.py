@@ -92,6 +92,7 @@ def rewrite(path, change):
     """Change an adapter file's tensors and metadata in place."""
     with safe_open(path, "pt") as file:
         tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    metadata.pop("checksums", None)  # this is no damage, see test_damage.py
     change(tensors, metadata)
     save_file(tensors, path, metadata)
 

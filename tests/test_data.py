@@ -1,6 +1,7 @@
 """Batches of images, compared with PIL and with each other; unreadable files; and the cache."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -648,3 +649,48 @@ def test_a_picture_of_an_augmented_batch(tmp_path):
     assert 0.5 < images.abs().max() <= 1.001 and images.std() > 0.1
     torchvision.utils.save_image(images[:16] * 0.5 + 0.5, tmp_path / "batch.png", nrow=8)
     assert Image.open(tmp_path / "batch.png").size[0] > 700
+
+
+def test_worker_processes_go_on_in_the_next_epoch_and_end_with_the_split(tmp_path):
+    files = sorted(pets(tmp_path / "pets", images=12).rglob("*.jpg"))
+    files[3].write_bytes(files[3].read_bytes()[:700])
+    labels = np.arange(len(files)) % 2
+    settings = {"train": True, "seed": 1, "workers": 2}
+
+    def epochs(split, **changed):
+        for epoch in range(3):
+            yield [*data.batches(split, 5, PLAIN, **settings | changed, epoch=epoch)]
+            yield [*data.batches(split, 5, PLAIN, workers=changed.get("workers", 2))]
+
+    split, alone = (Split(labels, [*map(str, files)]) for _ in range(2))
+    seen, before = [], set(multiprocessing.active_children())
+    expected = epochs(alone, workers=0)
+    for found, wanted in zip(epochs(split), expected, strict=True):
+        for (x, a), (y, b) in zip(found, wanted, strict=True):
+            assert torch.equal(x, y) and torch.equal(a, b)
+        seen.append({process.pid for process in set(multiprocessing.active_children()) - before})
+    assert [len(pids) for pids in seen] == [2, 4, 4, 4, 4, 4], "two to train and two to validate"
+    assert seen[1] == seen[-1], "the same ones"
+    left = next(iterator := data.batches(split, 5, PLAIN, **settings))  # two at once have their own
+    assert len([*data.batches(split, 5, PLAIN, **settings, epoch=1)]) == 5 and len(left[1]) == 5
+    del iterator, split
+    assert not set(multiprocessing.active_children()) - before, "no garbage collection is needed"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_laid_on_white_without_a_warning(mode, tmp_path, recwarn):
+    """A black square whose left half is transparent."""
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 20, 40))
+    file = tmp_path / f"x.{'gif' if mode == 'P' else 'png'}"
+    if mode == "P":
+        palette = Image.new("P", (40, 40), 1)
+        palette.putpalette([255, 0, 0, 0, 0, 0])
+        palette.paste(0, (0, 0, 20, 40))
+        palette.save(file, transparency=0)
+    else:
+        image.convert("LA").save(file) if mode != "RGBA" else image.save(file)
+    split = Split(np.zeros(1, np.int64), [str(file)])
+    (pixels,), _ = all_of(split, {**PLAIN, "image_size": 40})
+    assert pixels[:, :, :18].min() > 0.99 and pixels[:, :, 22:].max() < 0.01
+    assert not recwarn.list
