@@ -4,11 +4,16 @@
     python predict.py runs/x/adapter.safetensors photos/ more.png      # one line for each image
     python predict.py runs/x/adapter.safetensors photos/ --json        # one JSON object for each image
     python predict.py runs/x/adapter.safetensors photos/ --figure sheet.png
+    python predict.py peft-folder/ photos/                             # also what PEFT trained
+    python predict.py fold0/ fold1/ fold2/ photos/ --flip              # mean of runs, and of mirror images
+    python predict.py runs/x/ photos/ --csv answers.csv                # file, class, probability
+    python predict.py runs/x/ test/ --submission sample_submission.csv # writes submission.csv, as Kaggle asks
 
 Images are prepared as in train.py's evaluation. An image that cannot be read is named on stderr and left
 out. Exit status: 0; 1 if an image was left out; 2 for a mistake of the user.
 """
 
+import csv
 import json
 import os
 import sys
@@ -21,14 +26,20 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import vit
 from data import images_below
 from engine import pictures
+from engine.checkpoint import ADAPTER_FILE
 from engine.config import Parser
 from engine.devices import keep_freed_memory, pick_device
+from engine.files import atomic
 from engine.images import Crops, Split, usable
+from engine.peft_folder import CONFIG
+from engine.pictures import shorten
+from engine.start import load
+from engine.submission import submission
 
 SHEET = 48  # most images on a contact sheet
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 
 
 def list_images(paths: list[str]) -> list[str]:
@@ -68,6 +79,34 @@ def readable(
             yield [files[chunk[i]] for i in kept], crops.normalise(images[kept])
 
 
+class Mean(nn.Module):
+    """The log of the mean probability (B, classes) of models and, with flip, of images and their mirrors."""
+
+    def __init__(self, models: list[nn.Module], flip: bool):
+        super().__init__()
+        self.models, self.flip = nn.ModuleList(models), flip
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        views = [images, images.flip(-1)] if self.flip else [images]
+        parts = [model(view).float().softmax(-1) for model in self.models for view in views]
+        return torch.stack(parts).mean(0).log()
+
+
+def load_all(
+    paths: list[str], weights: str | None, device: torch.device, flip: bool
+) -> tuple[nn.Module, dict]:
+    """(model, info of the first adapter). ValueError if two adapters do not answer the same question."""
+    models, infos = zip(*(load(path, weights, device) for path in paths), strict=True)
+    for path, info in zip(paths, infos, strict=True):
+        for key in ("classes", "preprocessing"):
+            if info[key] != infos[0][key]:
+                raise ValueError(
+                    f"{path}: {key}: expected those of {paths[0]}, found {shorten(str(info[key]), 80)}"
+                )
+    alone = len(models) == 1 and not flip
+    return models[0] if alone else Mean(models, flip), infos[0]
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, batches) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield (file, pixels (3, size, size), logits (classes,)) for each image in readable's batches."""
@@ -100,13 +139,47 @@ def draw(path: str, shown: list, info: dict, title: str) -> None:
     pictures.plot_predictions(colours, logits, None, info["classes"], path, title, notes)
 
 
+def write_csv(path: str, rows: list[list]) -> None:
+    with atomic(Path(path)) as temporary, open(temporary, "w", newline="", **TEXT) as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def table(found: dict[str, torch.Tensor], classes: list[str], every: bool) -> list[list]:
+    """The rows of --csv: file, class, probability; with every, then the probability of each class."""
+    rows = [["file", "class", "probability", *(classes if every else [])]]
+    for file, p in found.items():
+        best = p.argmax()
+        rows.append([file, classes[best], f"{p[best]:.6f}", *(f"{x:.6f}" for x in p if every)])
+    return rows
+
+
+def is_adapter(path: str) -> bool:
+    """True for what can only be an adapter: a file of tensors, a run's folder, a PEFT folder."""
+    names = (ADAPTER_FILE, CONFIG)
+    return path.endswith(".safetensors") or any((Path(path) / name).is_file() for name in names)
+
+
 def run(argv: list[str] | None) -> int:
     parser = Parser(description="Name the class of each image.")
     add = parser.add_argument
-    add("adapter", help="adapter file, or the folder of its run")
+    add(
+        "adapter", help="adapter file, run's folder or PEFT folder; several: their mean probability"
+    )
     add("images", nargs="+", help="image files and folders of images")
     add("--top", type=int, default=5, help="classes to print for each image (default: 5)")
     add("--json", action="store_true", help="print one JSON object per line for each image")
+    add("--csv", metavar="FILE", help="write file, class and probability of each image")
+    add(
+        "--probabilities",
+        action="store_true",
+        help="in --csv, a column for each class; in --submission, probabilities",
+    )
+    add(
+        "--submission",
+        metavar="SAMPLE",
+        help="write --csv (default: submission.csv) like this file",
+    )
+    add("--flip", action="store_true", help="mean probability of each image and its mirror image")
     add("--figure", metavar="FILE", help=f"draw the first {SHEET} images and their classes")
     add("--batch-size", type=int, default=64, help="images in a forward pass (default: 64)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -120,27 +193,47 @@ def run(argv: list[str] | None) -> int:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} {value}: expected >= {least}")
+    adapters = [given.adapter]
+    while given.images and is_adapter(given.images[0]):
+        adapters.append(given.images.pop(0))
+    if not given.images:
+        raise ValueError(f"{adapters[-1]}: expected images after the adapters; see --help")
+    target = given.csv or ("submission.csv" if given.submission else None)
+    if target and not Path(target).absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"--csv {target}: {Path(target).parent} is not a folder; make it first"
+        )
     if given.figure:
         pictures.check_figure(Path(given.figure), "--figure")
     device, files = pick_device(given.device), list_images(given.images)
     keep_freed_memory(device)
-    model, info = vit.load_adapter(given.adapter, given.weights, device)
+    model, info = load_all(adapters, given.weights, device, given.flip)
     single = len(files) == 1 and not os.path.isdir(given.images[0])
     form = "json" if given.json else "long" if single else "line"
     # A worker process takes a second to start, longer than few images take to decode.
     workers = 0 if given.workers is None and len(files) < 100 else given.workers
-    bad, shown = [], []
+    bad, shown, found = [], [], {}
     batches = readable(files, info["preprocessing"], given.batch_size, bad, workers)
     for file, pixels, logits in predict(model, batches):
-        print(describe(file, logits, info["classes"], given.top, form))
+        found[file] = logits.softmax(-1)
+        if not target or given.json:
+            print(describe(file, logits, info["classes"], given.top, form))
         if given.figure and len(shown) < SHEET:
             shown.append((file, pixels, logits))
+    if given.submission:
+        rows, left = submission(given.submission, found, info["classes"], given.probabilities)
+        bad += [f"{given.submission}: {name}: no image, its row stays as it is" for name in left]
+        write_csv(target, rows)
+    elif target:
+        write_csv(target, table(found, info["classes"], given.probabilities))
+    if target:
+        print(f"{target}: {len(found)} images")
     for line in bad:
         print(f"predict.py: {line}", file=sys.stderr)
     if shown:
-        count = len(files) - len(bad)
+        count = len(found)
         prefix = f"the first {len(shown)} of {count} images, " if count > len(shown) else ""
-        draw(given.figure, shown, info, prefix + given.adapter)
+        draw(given.figure, shown, info, prefix + ", ".join(adapters))
     return 1 if bad else 0
 
 

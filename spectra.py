@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import lokr
-import vit
 from engine import checkpoint
 from engine.adapt import ADAPTERS, relative_norms
 from engine.config import Parser
 from engine.pictures import BLUE, NAMES, ORANGE, check_figure, entitle, shorten
+from engine.start import load
 
 # Okabe and Ito's colours differ without colour vision too; the marks differ without any colour.
 MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
@@ -50,13 +50,13 @@ class Delta:
 
 def read(path: str, weights: str | None) -> tuple[nn.Module, dict]:
     """(model, info) as load_adapter returns them. ValueError if the file holds no adapter."""
-    _, info = checkpoint.read_adapter(path)
+    model, info = load(path, weights)
     if info["adapter"] not in ADAPTERS:
         expected = ", ".join(ADAPTERS)
         raise ValueError(
             f"{path}: adapter: expected one of {expected}, found {info['adapter']!r}, which has no delta W"
         )
-    return vit.load_adapter(path, weights)
+    return model, info
 
 
 def pick(path: str, model: nn.Module, layer: str | None) -> str:
@@ -167,7 +167,7 @@ def draw_spectra(axes, shown: list[Delta]) -> None:
 def run(argv: list[str] | None) -> None:
     parser = Parser(description="Draw what adapters have learnt for one layer.")
     add = parser.add_argument
-    add("adapters", nargs="+", help="adapter files, or folders of runs")
+    add("adapters", nargs="+", help="adapter files, folders of runs, or PEFT folders")
     add(
         "--layer",
         help="its name in the model (default: the layer that the first adapter changed most)",

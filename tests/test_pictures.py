@@ -17,6 +17,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
+import export
 import spectra
 import train
 import vit
@@ -250,6 +251,15 @@ def test_the_most_changed_layer_is_drawn_and_equal_labels_get_file_names(drawn, 
     assert [f"LoHa rank 2, {layer}:" in line for line in lines] == [True, True], lines
     assert f"delta W of {layer}" in texts(drawn[0])
     assert {text[:15] for text in texts(drawn[0])} >= {"a: LoHa rank 2\n", "b: LoHa rank 2\n"}
+
+
+def test_a_peft_folder_has_the_spectrum_of_its_adapter_file(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_adapter("a.safetensors", "lokr")
+    export.to_peft("a.safetensors", "folder")
+    assert spectra.main(["a.safetensors", "folder"]) == 0
+    ours, theirs = capsys.readouterr().out.splitlines()[-2:]
+    assert ours.replace("a.safetensors", "folder") == theirs
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")  # as for a division by zero

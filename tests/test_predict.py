@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ import torch
 from adapters import CLASSES, write_adapter
 from conftest import LIMIT, ROOT
 from PIL import Image
+from test_export import peft_trained
 from trees import write_image
 
 import data
+import export
 import predict
 import vit
 from engine.images import Split
@@ -53,6 +56,29 @@ def test_one_image_prints_its_class_and_the_top(photos, run_script):
         *(f"{wanted[i].item():8.2%}  {CLASSES[i]}" for i in order),
     ]
     assert process.stderr == ""
+
+
+def test_a_peft_folder_is_as_good_as_the_adapter_file(photos, capsys):
+    """Its own folder, and one that PEFT trained: the class that PEFT's model says."""
+    said = {}
+    export.to_peft("a.safetensors", "written")
+    for path in ("a.safetensors", "written"):
+        assert predict.main([path, "photos", "--json"]) == 0
+        said[path] = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(said["written"]) == 7 and said["written"] == said["a.safetensors"]
+    theirs = peft_trained("loha", Path())
+    assert predict.main(["folder", photos[0]]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    images = {"image_size": 28, "mean": [0.5] * 3, "std": [0.5] * 3, "crop": 1.0}
+    split = Split(np.zeros(1, np.int64), photos[:1])
+    pixels, _ = next(data.batches(split, 1, images, workers=0))
+    with torch.no_grad():
+        wanted = theirs(pixels).logits.softmax(-1)[0]
+    for i, p in enumerate(wanted.tolist()):
+        assert f"{p:8.2%}  LABEL_{i}" in lines
+    (Path("folder") / "adapter_config.json").write_text("{}")
+    assert predict.main(["folder", photos[0]]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", ["", "--batch-size 3", "--batch-size 2 --workers 2"])
