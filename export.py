@@ -3,43 +3,32 @@
     python export.py runs/x/adapter.safetensors --to peft FOLDER          # opens with PeftModel
     python export.py runs/x/adapter.safetensors --to torchvision FILE     # merged, for plain torchvision
     python export.py mine.safetensors --from peft FOLDER                  # also a folder that PEFT trained
+    python export.py FOLDER --to kohya style.safetensors                  # a UNet's PEFT folder, for ComfyUI
+    python export.py FOLDER --to diffusers FOLDER2                        # the same, for load_lora_weights
 
 A PEFT folder is for transformers' class of the trunk's family: ViT, DeiT, DINOv2, I-JEPA or CLIP. PEFT finds
 layers by name, and transformers 5 renamed them. So a folder holds each tensor under both names, and PEFT
 loads those that it finds. For any other model, call save_peft and load_peft of engine/peft_folder.py.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 import vit
 from attention import join_attention
 from engine import checkpoint
 from engine import weights as pretrained
-from engine.adapt import ADAPTERS, adapt
+from engine.adapt import ADAPTERS
 from engine.config import Parser
-from engine.files import atomic, optional_json, write_json
+from engine.files import atomic, optional_json, write_json, write_tensors
+from engine.kohya import to_diffusers, to_kohya
 from engine.layouts import BLOCK, LAYOUTS, renamed
-from engine.peft_folder import endings, fill, peft_key, trained, write_peft
-from engine.peft_vit import (
-    FAMILIES,
-    HEAD,
-    LABELS,
-    WITH_MEAN,
-    family_of,
-    hf_names,
-    labels_in,
-    names_in,
-    parameters_of,
-    read_vit,
-    targets_of,
-    weights_of,
-)
+from engine.peft_folder import endings, peft_key, trained, write_peft
+from engine.peft_vit import FAMILIES, HEAD, LABELS, WITH_MEAN, family_of, hf_names
+from engine.start import load_folder
 from lora import merge
 
 
@@ -66,7 +55,7 @@ def to_peft(
         raise ValueError(
             f"{path}: mlp.0 of a SwiGLU is two layers in transformers: adapt query, key, value, out, mlp.3"
         )
-    base = base or hub_base(info, family)
+    base = base or hub_base(info, family, weights)
     head = {key: tensors.pop(key) for key in list(tensors) if key.startswith("heads.head.")}
     if family in WITH_MEAN and model.shape.get("pool", "class") == "class":
         W = head["heads.head.weight"]
@@ -89,25 +78,27 @@ def to_peft(
         write_json(folder / "preprocessor_config.json", hf_preprocessing(info["preprocessing"]))
         if apart:
             content = {key.replace("heads.head", "classifier"): t for key, t in head.items()}
-            with atomic(folder / HEAD) as temporary:
-                temporary.write_bytes(save(content, {"format": "pt"}))
+            write_tensors(folder / HEAD, content, {"format": "pt"})
         if not base:
             (folder / "base").mkdir(exist_ok=True)
             write_json(folder / "base" / "config.json", config)
-            with atomic(folder / "base" / "model.safetensors") as temporary:
-                temporary.write_bytes(save(hf_trunk(model, family), {"format": "pt"}))
+            file = folder / "base" / "model.safetensors"
+            write_tensors(file, hf_trunk(model, family), {"format": "pt"})
 
     ends, heads = endings(targets, others), [] if apart else ["classifier"]
     write_peft(folder, info, ends, heads, renamed_tensors, location, write_extras)
 
 
-def hub_base(info: dict, family: str) -> str:
-    """The name on Hugging Face that transformers loads as this trunk; "" if there is none."""
+def hub_base(info: dict, family: str, weights: str | None) -> str:
+    """The name on Hugging Face that transformers loads as this trunk; "" if there is none.
+
+    weights: where they are now, if not where that name is found.
+    """
     name = pretrained.IN21K if info["weights"] == "in21k" else info["weights"]
     if not pretrained.is_hub_name(name):
         return ""
     config = {"model_type": "vit", "image_size": 224} if name == pretrained.IN21K else {}
-    config |= optional_json(pretrained.find(name).with_name("config.json"))
+    config |= optional_json(pretrained.find(weights or name).with_name("config.json"))
     # At another size, transformers would interpolate the positions in its own way.
     same = config.get("image_size") == info["preprocessing"]["image_size"]
     return name if same and config.get("model_type") == family else ""
@@ -177,8 +168,10 @@ def hf_config(info: dict, shape: dict, family: str) -> dict:
     if family in WITH_MEAN:
         width, mlp, swiglu = shape["hidden_dim"], shape["mlp_dim"], activation == "swiglu"
         # With SwiGLU, transformers takes two thirds of the width, rounded up to a multiple of 8.
-        made = {n: (n * width * 2 // 3 + 7) // 8 * 8 if swiglu else n * width for n in range(1, 17)}
-        ratio = next((n for n in made if made[n] == mlp), None)
+        widths = {
+            n: (n * width * 2 // 3 + 7) // 8 * 8 if swiglu else n * width for n in range(1, 17)
+        }
+        ratio = next((n for n in widths if widths[n] == mlp), None)
         if ratio is None:
             raise ValueError(f"mlp_dim {mlp}: transformers' DINOv2 has none of this width")
         config |= {"mlp_ratio": ratio, "use_swiglu_ffn": swiglu, "qkv_bias": True}
@@ -216,19 +209,7 @@ def from_peft(
     Raises OSError or ValueError, naming file and key, if a part is missing, unsupported or does not fit.
     """
     check_new(Path(path))
-    folder = Path(folder)
-    layers, settings, tensors, shape = read_vit(folder)
-    info = {"weights": pretrained.full_name(weights) if weights else weights_of(folder), "seed": 0}
-    info["classes"] = class_names(folder, classes, len(tensors["classifier.weight"]))
-    saved = pretrained.preprocessing_in(folder)
-    size = saved.get("image_size")
-    model, preprocessing = vit.build(shape, info["weights"], len(info["classes"]), size)
-    settings = {"factor": -1, "decompose_both": False, **settings}
-    settings["targets"] = targets_of(model, layers)
-    adapt(model, **settings)
-    fill(parameters_of(model, names_in(tensors)), tensors, folder)
-    info |= {**settings, "trunk": checkpoint.fingerprint(model), "shape": model.shape}
-    info["preprocessing"] = {**preprocessing, **saved}
+    model, info = load_folder(folder, weights, classes)
     checkpoint.save_adapter(path, model, info)
     return info
 
@@ -239,23 +220,6 @@ def check_new(file: Path) -> None:
         raise ValueError(f"{file}: already exists; name another file or remove it")
     if not file.absolute().parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such folder; make it first")
-
-
-def class_names(folder: Path, classes: str | None, n: int) -> list[str]:
-    """The names of the n classes: those given, or else the folder's."""
-    if classes is not None:
-        parts = classes.split(",")
-        if os.path.isfile(classes):  # Path.is_file raises OSError for a long text
-            parts = Path(classes).read_text("utf-8").strip().split("\n")
-        names = [part.strip() for part in parts]
-    else:
-        names = labels_in(folder)
-    if len(names) != n:
-        raise ValueError(
-            f"{folder}: expected the names of its {n} classes, found {len(names)}; give them with --classes "
-            "in the order of training: comma-separated, or a file with one per line"
-        )
-    return names
 
 
 def to_torchvision(path: str | Path, file: str | Path, weights: str | None = None) -> str:
@@ -277,13 +241,12 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
             )
     merged = fold_layer_scale(merge(model))
     state = {key: t.detach() for key, t in join_attention(merged).state_dict().items()}
-    with atomic(Path(file)) as temporary:
-        if Path(file).suffix == ".safetensors":
-            temporary.write_bytes(save(state, {"format": "pt"}))
-        else:
-            # Not torch.save(state, path): it would raise RuntimeError where open raises OSError.
-            with open(temporary, "wb") as stream:
-                torch.save(state, stream)
+    if Path(file).suffix == ".safetensors":
+        write_tensors(Path(file), state, {"format": "pt"})
+    else:
+        # Not torch.save(state, path): it would raise RuntimeError where open raises OSError.
+        with atomic(Path(file)) as temporary, open(temporary, "wb") as stream:
+            torch.save(state, stream)
     size, arguments = info["preprocessing"]["image_size"], [f"num_classes={len(info['classes'])}"]
     if (eps := model.encoder.ln.eps) != 1e-6:  # a state dict does not store it
         arguments.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={eps})")
@@ -315,11 +278,14 @@ def fold_layer_scale(model: nn.Module) -> nn.Module:
 
 def run(argv: list[str] | None) -> None:
     parser = Parser(
-        description="Convert adapter files to PEFT folders and back, or to torchvision files."
+        description="Convert adapter files to PEFT folders and back, or to files for other tools."
     )
     add = parser.add_argument
-    add("adapter", help="the adapter file to read; with --from, to write")
-    add("--to", nargs=2, metavar=("KIND", "PATH"), help="peft FOLDER, or torchvision FILE")
+    add("adapter", help="the adapter file, or a UNet's PEFT folder, to read; with --from, to write")
+    kinds = (
+        "peft FOLDER, or torchvision FILE; from a UNet's folder: kohya FILE, or diffusers FOLDER"
+    )
+    add("--to", nargs=2, metavar=("KIND", "PATH"), help=kinds)
     add("--from", nargs=2, metavar=("KIND", "PATH"), dest="source", help="peft FOLDER")
     add("--weights", help="the pretrained weights: a name or a file (default: as in training)")
     add("--base", default="", help="for --to peft: the Hugging Face model with these weights")
@@ -333,12 +299,19 @@ def run(argv: list[str] | None) -> None:
         print(f"PEFT folder: {path}")
     elif arguments.to and kind == "torchvision":
         print(f"{path} loads into {to_torchvision(arguments.adapter, path, arguments.weights)}")
+    elif arguments.to and kind == "kohya":
+        to_kohya(arguments.adapter, path)
+        print(f"{path}: for ComfyUI, Forge and A1111")
+    elif arguments.to and kind == "diffusers":
+        to_diffusers(arguments.adapter, path)
+        print(f"{path}: for load_lora_weights")
     elif arguments.source and kind == "peft":
         info = from_peft(path, arguments.adapter, arguments.weights, arguments.classes)
         summary = {key: info[key] for key in ("rank", "alpha", "targets", "weights")}
         print(f"{arguments.adapter}: {info['adapter']}, {len(info['classes'])} classes, {summary}")
     else:
-        flag, kinds = ("--to", "peft or torchvision") if arguments.to else ("--from", "peft")
+        to = "peft or torchvision; from a UNet's PEFT folder, kohya or diffusers"
+        flag, kinds = ("--to", to) if arguments.to else ("--from", "peft")
         parser.error(f"{flag} {kind}: expected {kinds}")
 
 

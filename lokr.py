@@ -88,14 +88,18 @@ class LoKrLinear(nn.Module):
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Split dimension into (small, large) with small * large == dimension and small <= large.
+    """Split dimension into (side of W1, side of W2), whose product is dimension.
 
-    If factor > 0 divides dimension: factor and the quotient. Otherwise small is the largest divisor up to the
-    square root, and up to factor (-1: no limit). The rule is LyCORIS': factorization(768) == (24, 32).
+    If factor > 0 divides dimension: factor and the quotient, the smaller first. Otherwise the first is the
+    largest divisor up to the square root, and up to factor (-1: no limit). The rule is LyCORIS':
+    factorization(768) == (24, 32).
+    factor < -1 is PEFT's rule, which does not sort: factorization(768, -32) == (32, 24).
     """
-    if factor > 0 and dimension % factor == 0:
-        return min(factor, dimension // factor), max(factor, dimension // factor)
-    limit = math.isqrt(dimension) if factor < 0 else min(factor, math.isqrt(dimension))
+    side = abs(factor)
+    if factor not in (-1, 0) and dimension % side == 0:
+        sides = side, dimension // side
+        return sides if factor < 0 else (min(sides), max(sides))
+    limit = math.isqrt(dimension) if factor == -1 else min(side, math.isqrt(dimension))
     small = next((d for d in range(limit, 1, -1) if dimension % d == 0), 1)
     return small, dimension // small
 

@@ -31,7 +31,7 @@ MODELS = {  # the shapes that have a name: side of the images, patch, blocks, he
     "vit_h_14": (224, 14, 32, 16, 1280, 5120),
     "vit_mini": (28, 7, 6, 4, 128, 512),  # the embedded trunk, see assets/README.md
 }
-OLD = {"old_positions": True}  # of what was written before the shape was: see resize_positions
+OLD = {"old_positions": True}  # adapter files without a shape: resized as torchvision does
 DEFAULTS = {"prefix_tokens": 1, "layer_scale": False, "pre_norm": False, "activation": "gelu"}
 DEFAULTS |= {"pool": "class", "eps": 1e-6}
 COLUMNS = ("image_size", "patch_size", "num_layers", "num_heads", "hidden_dim", "mlp_dim")
@@ -148,8 +148,8 @@ def build(
 ) -> tuple[VisionTransformer, dict]:
     """A pretrained Vision Transformer with split attention and a new head, and how it wants its images.
 
-    model: a name of MODELS, which weights of the names imagenet1k, swag and none need (default: vit_b_16).
-        All other weights say it themselves. Or arguments of trunk, such as an adapter file's shape.
+    model: a name of MODELS, for weights imagenet1k, swag and none only (default: vit_b_16): other weights
+        hold their own shape. Or arguments of trunk, such as an adapter file's shape.
     weights: "imagenet1k" or "swag" (torchvision's, downloaded once), "in21k" (google's), "embedded"
         (vit_mini's), "none" (random, drawn from seed); OWNER/NAME on Hugging Face; or a file or folder with a
         ViT of torchvision, timm, transformers, Facebook or OpenCLIP, or the adapter file of a run with

@@ -5,6 +5,7 @@ This module imports nothing of the project.
 
 import json
 import os
+import pickle
 import re
 import secrets
 import time
@@ -101,12 +102,17 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise FileNotFoundError(f"{path}: no such file")
     metadata = {}
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 state = {key: file.get_tensor(key) for key in file.keys()}
                 metadata = file.metadata() or {}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its text would advise to run the file's code
+        raise ValueError(
+            f"{path}: not a file of tensors alone; save the model's state_dict(), or let the name of a "
+            "safetensors file end in .safetensors"
+        ) from None
     except Exception as error:  # torch's unpickler meets wrong bytes with errors of any type
         raise ValueError(f"{path}: not a file of tensors ({first_line(error)})") from None
     if stored := metadata.pop("checksums", "").split():
@@ -122,7 +128,11 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(
             f"{path}: expected a state dict (names and tensors), found {type(state).__name__}"
         )
-    for key in ("model", "state_dict", "target_encoder"):  # as in Facebook's files and in many others
+    for key in (
+        "model",
+        "state_dict",
+        "target_encoder",
+    ):  # as in Facebook's files and in many others
         state = state[key] if isinstance(state.get(key), dict) else state
     for key, tensor in state.items():
         if not isinstance(tensor, torch.Tensor):

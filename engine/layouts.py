@@ -32,7 +32,7 @@ HF_ATTENTION = {  # in files, and in memory before transformers 5
     "self_attention.value": "attention.attention.value",
     "self_attention.out": "attention.output.dense",
 }
-HF5_ATTENTION = {  # in memory since
+HF5_ATTENTION = {  # in memory, from transformers 5 on
     "self_attention.query": "attention.q_proj",
     "self_attention.key": "attention.k_proj",
     "self_attention.value": "attention.v_proj",
@@ -153,7 +153,7 @@ FOREIGN = {
     "ConvNeXt": r"stages\.\d+\..*(conv_dw|dwconv)\.",
     "BEiT": r"(^|\.)beit\.|relative_position_bias|\blambda_1$",
     "SigLIP": r"attn_pool\.|head\.probe$",
-    "EVA-02": r"\battn\.(q_bias|q_proj\.)|mlp\.(fc1_g|w1)\.|(^|\.)rope\.",
+    "EVA-02, AIMv2 or another gated ViT": r"\battn\.(q_bias|q_proj\.)|mlp\.(fc1_g|w1)\.|(^|\.)rope\.",
     "a hybrid of convolutions and a ViT": r"patch_embed\.backbone\.",
     "a ViT that takes the mean before its last LayerNorm (fc_norm)": r"(^|\.)fc_norm\.",
 }
@@ -195,8 +195,7 @@ def to_ours(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], st
             ours = renamed(short, names) or renamed(plain(short), names)
             if ours is None:
                 raise ValueError(
-                    f"{key}: expected no such tensor, found shape {tuple(tensor.shape)}; for models that are "
-                    "no plain ViT, see docs/any-model.md"
+                    f"{key}: expected no such tensor, found shape {tuple(tensor.shape)}: {ELSEWHERE}"
                 )
             found[ours], keys[ours] = tensor, key
     check_complete(found, layout, prefix)
@@ -229,7 +228,7 @@ def layout_of(state: dict[str, torch.Tensor]) -> tuple[str, str]:
                 positions = prefix + names["encoder.pos_embedding"]
                 if positions not in state:
                     raise ValueError(
-                        f"no {positions}: positions are rotary or relative, as in DINOv3: {ELSEWHERE}"
+                        f"no {positions}, so positions are rotary or relative, as in DINOv3: {ELSEWHERE}"
                     )
                 if layout == "clip" and f"{prefix}pre_layrnorm.weight" not in keys:
                     raise ValueError(f"this is SigLIP: {ELSEWHERE}")

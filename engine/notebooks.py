@@ -2,8 +2,9 @@
 
     python -m engine.notebooks
 
-kaggle.ipynb writes the modules to files (%%writefile) and trains with them; paste.ipynb has lora.py and
-attention.py as cells, and nothing else of the project. A test runs this script, and both notebooks.
+kaggle.ipynb writes the modules to files and trains with them: those of the front page by %%writefile, so that
+they can be read; those of engine/ packed into one cell. paste.ipynb has lora.py and attention.py as cells, and
+nothing else of the project. A test runs this script, and both notebooks.
 """
 
 import base64
@@ -22,9 +23,9 @@ HERE = Path(__file__).parent.parent
 ENGINE = (
     "__init__ files layouts weights images devices adapt checkpoint peft_folder peft_vit pictures "
 )
-ENGINE += "config run start"
-MODULES = "lora loha lokr attention vit data".split()
-MODULES += [*(f"engine/{name}" for name in ENGINE.split()), "train", "predict"]
+ENGINE += "config run start submission"
+PACKED = [f"engine/{name}" for name in ENGINE.split()]
+MODULES = "lora loha lokr attention vit data train predict".split()  # in cells, to be read
 LARGEST = 1_000_000  # bytes: Kaggle does not save a notebook of more than 1 MB
 
 
@@ -62,7 +63,7 @@ def demo() -> str:
 
     The files of assets/ would make a notebook of 8 MB. A matrix keeps each weight w as k * step with k = -3..3,
     where step is the median of |w| in its row, near the best step for a normal distribution. Other tensors are
-    float16. An image has eight greys. bz2, because different versions of zlib write different bytes.
+    float16. An image has eight greys.
     """
     tensors = {}
     for name, weight in load_file(weights.EMBEDDED).items():
@@ -79,8 +80,18 @@ def demo() -> str:
         greys = np.rint(split.pixels[..., 0] / 255 * 7).astype(np.uint8)
         tensors[f"{part}.images"] = torch.from_numpy(greys)
         tensors[f"{part}.labels"] = torch.from_numpy(split.labels.astype(np.uint8))
-    text = base64.b85encode(bz2.compress(save(tensors))).decode()
+    return packed(save(tensors))
+
+
+def packed(content: bytes) -> str:
+    """Bytes as lines of text. bz2, because different versions of zlib write different bytes."""
+    text = base64.b85encode(bz2.compress(content)).decode()
     return "".join(f"{text[i : i + 2000]}\n" for i in range(0, len(text), 2000))
+
+
+def engine() -> str:
+    """The sources of engine/, packed."""
+    return packed(json.dumps({name: module(name) for name in PACKED}).encode())
 
 
 def kaggle() -> list[dict]:
@@ -114,7 +125,7 @@ COMPARE = ["lokr"]  # more adapters to train, for comparison; [] for none
 
 Each of these cells writes one file into a new folder, so it overwrites nothing of yours. The cells are
 folded. Open `lora.py` first: it is the method in one file. After a change, run the cell, restart the session
-and *Run All*.
+and *Run All*. What makes a run dependable (`engine/`) is packed into the last of them.
 """),
         code("""
 import os
@@ -128,6 +139,19 @@ if Path.cwd().name != CODE.name:  # this cell may be run again
 sys.path.insert(0, str(Path.cwd()))
 """),
         *(code(f"%%writefile {name}.py\n" + module(name), hidden=True) for name in MODULES),
+        code("%%writefile engine.b85\n" + engine(), hidden=True),
+        code(
+            """
+import base64
+import bz2
+import json
+
+text = Path("engine.b85").read_text().replace("\\n", "")
+for name, source in json.loads(bz2.decompress(base64.b85decode(text))).items():
+    Path(f"{name}.py").write_bytes(source.encode())
+""",
+            hidden=True,
+        ),
         markdown("""
 ## The data
 
@@ -137,10 +161,6 @@ weight has one of seven values and a pixel one of eight greys: three bits each.
         code("%%writefile demo.b85\n" + demo(), hidden=True),
         code(
             """
-import base64
-import bz2
-import json
-
 import PIL.Image
 from safetensors.torch import load, save_file
 

@@ -8,16 +8,16 @@ whose keys are PREFIX plus PEFT's names of the tensors. A variant of the three m
 compute is refused; the error names its key.
 """
 
+import json
+import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from engine.adapt import ADAPTERS
-from engine.files import atomic, first_mismatch, read_json, read_tensors, write_json
+from engine.files import first_mismatch, read_json, read_tensors, write_json, write_tensors
 from lokr import factorization
 from lora import mark_trainable, replace_linear
 
@@ -27,13 +27,16 @@ PREFIX = "base_model.model."  # every key of PEFT begins with it
 BIASES = {"none": "none", "all": "all", "adapter": "lora_only"}  # our name: PEFT's name
 
 # Keys of adapter_config.json that make no variant: we read them below, they only concern training, or they
-# repeat what the tensors' names show. Any other key with a value makes a variant.
+# repeat what the tensors show. Any other key with a value makes a variant.
 HARMLESS = """
     peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r alpha
-    lora_alpha bias target_modules exclude_modules modules_to_save layers_to_transform layers_pattern
-    lora_dropout rank_dropout rank_dropout_scale module_dropout init_weights init_lora_weights
-    decompose_both decompose_factor use_effective_conv2d megatron_core qalora_group_size runtime_config
+    lora_alpha use_rslora rank_pattern alpha_pattern bias target_modules exclude_modules modules_to_save
+    layers_to_transform layers_pattern lora_dropout rank_dropout rank_dropout_scale module_dropout
+    init_weights init_lora_weights decompose_both decompose_factor use_effective_conv2d megatron_core
+    qalora_group_size runtime_config
 """.split()
+# What a damaged adapter_config.json must not change: metadata of the tensors has a copy, with a checksum.
+COPIED = ("peft_type", "r", "lora_alpha", "alpha", "modules_to_save")
 # Values of init_lora_weights that leave the pretrained weights unchanged.
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "lycoris")
 
@@ -46,8 +49,8 @@ def save_peft(model: nn.Module, folder: str | Path, head: str = "", base: str = 
     base: base_model_name_or_path, which tells readers of the folder where the model comes from.
 
     Raises ValueError if there is no adapter, if adapters differ in kind, rank or scale, if one is in the
-    head, if different layers share one, if a PEFT folder has no place for a trainable parameter, or if the
-    folder already holds an adapter.
+    head, if different layers share one, if PEFT would split LoKr's layers differently, if a PEFT folder has
+    no place for a trainable parameter, or if the folder already holds an adapter.
     """
     tensors, adapters = trained(model, head)
     inner = {f"{name}.linear" for name in adapters}
@@ -66,11 +69,13 @@ def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]
     Raises OSError or ValueError, naming file and key, if a part is missing, unsupported or does not fit;
     then no layer is wrapped.
     """
-    settings, tensors = read_peft(folder)
-    layers = layers_of(tensors)
-    others = [name for name, _ in model.named_modules() if name not in layers]
-    bias, wrap = settings.pop("bias"), ADAPTERS[settings.pop("adapter")]
-    wrapped = replace_linear(model, partial(wrap, **settings), endings(layers, others), head)
+    settings, forms, tensors = read_peft(folder)
+    bias, adapter = settings.pop("bias"), ADAPTERS[settings.pop("adapter")]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    arguments = {modules.get(layer): {**settings, **form} for layer, form in forms.items()}
+    others = [name for name, m in modules.items() if m not in arguments]
+    targets = endings(list(forms), others)
+    wrapped = replace_linear(model, lambda m: adapter(m, **arguments[m]), targets, head)
     mark_trainable(model, head, bias)
     try:
         fill(expected(model) | head_buffers(model, head), tensors, folder)
@@ -78,7 +83,7 @@ def load_peft(model: nn.Module, folder: str | Path, head: str = "") -> list[str]
         for name in wrapped:
             model.set_submodule(name, model.get_submodule(name).linear)
         raise
-    return layers
+    return list(forms)
 
 
 def trained(model: nn.Module, head: str) -> tuple[dict[str, torch.Tensor], dict[str, nn.Module]]:
@@ -147,27 +152,7 @@ def settings_of(adapters: dict[str, nn.Module]) -> dict:
     kind, rank, scale = forms.pop()
     alpha = round(scale * rank, 6)
     alpha = alpha if alpha / rank == scale else scale * rank
-    settings = {"adapter": {v: k for k, v in ADAPTERS.items()}[kind], "rank": rank, "alpha": alpha}
-    if settings["adapter"] == "lokr":
-        settings["factor"] = factor_of(adapters.values())
-        settings["decompose_both"] = any(hasattr(a, "lokr_w1_a") for a in adapters.values())
-    return settings
-
-
-def factor_of(layers) -> int:
-    """The smallest factor for which factorization gives the W1 of these LoKr layers their shapes."""
-    sides = set()  # (features, rows or columns of W1)
-    for layer in layers:
-        whole = hasattr(layer, "lokr_w1")
-        rows, columns = (layer.lokr_w1,) * 2 if whole else (layer.lokr_w1_a, layer.lokr_w1_b)
-        out_features, in_features = layer.linear.weight.shape
-        sides |= {(out_features, rows.shape[0]), (in_features, columns.shape[1])}
-    for factor in (-1, *range(1, 1 + max(features for features, _ in sides))):
-        if all(factorization(features, factor)[0] == side for features, side in sides):
-            return factor
-    raise ValueError(
-        f"expected one factor for all LoKr layers, found (features, side of W1): {sorted(sides)}"
-    )
+    return {"adapter": {v: k for k, v in ADAPTERS.items()}[kind], "rank": rank, "alpha": alpha}
 
 
 def bias_of(tensors: dict, heads: list[str]) -> str:
@@ -229,18 +214,19 @@ def write_peft(
     if settings["adapter"] == "lora":
         config["bias"] = BIASES[settings["bias"]]
     if settings["adapter"] == "lokr":
-        config["decompose_factor"] = settings["factor"]
-        config["decompose_both"] = settings["decompose_both"]
+        factor, config["decompose_both"] = lokr_split(tensors, folder, signs=(-1,))
+        config["decompose_factor"] = -1 if factor == -1 else abs(factor)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / FILES[0]) as temporary:
-        content = {PREFIX + key: tensor for key, tensor in tensors.items()}
-        temporary.write_bytes(save(content, {"format": "pt"}))
+    content = {PREFIX + key: tensor for key, tensor in tensors.items()}
+    copied = {key: config[key] for key in COPIED if key in config}
+    write_tensors(folder / FILES[0], content, {"format": "pt", CONFIG: json.dumps(copied)})
     write_extras()
     write_json(folder / CONFIG, config)
 
 
-def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The settings (arguments of adapt) of a PEFT folder and its tensors by key, without PREFIX.
+def read_peft(folder: str | Path) -> tuple[dict, dict[str, dict], dict[str, torch.Tensor]]:
+    """The settings (arguments of adapt) of a PEFT folder, each layer's own (rank and alpha) by its name, and
+    the tensors by key, without PREFIX.
 
     Raises FileNotFoundError for a missing file, ValueError for a variant that our layers do not compute,
     naming its key.
@@ -251,8 +237,14 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
         if not exists:
             raise FileNotFoundError(f"{folder}: expected {names}, found no such file")
     config = read_json(path)
-    settings = peft_settings(config, path)
-    tensors, _ = read_tensors(file)
+    adapter = peft_adapter(config, path)
+    tensors, metadata = read_tensors(file)
+    for key, value in json.loads(metadata.get(CONFIG, "{}")).items():
+        if config.get(key) != value:
+            raise ValueError(
+                f"{path}: {key}: expected {value!r}, as in {file.name}, found {config.get(key)!r}; "
+                "the folder is damaged: use another copy"
+            )
     for key in tensors:
         if not key.startswith(PREFIX):
             raise ValueError(f"{file}: {key}: expected a key that begins with {PREFIX}")
@@ -262,20 +254,29 @@ def read_peft(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
         for key, tensor in tensors.items()
         if ".original_module." not in key
     }
-    if not layers_of(tensors):
+    layers = layers_of(tensors)
+    if not layers:
         raise ValueError(
             f"{file}: expected factors of an adapter (lora_, hada_, lokr_), found none"
         )
-    settings["bias"] = bias_of(tensors, config.get("modules_to_save") or [])
+    settings = {"adapter": adapter, "bias": bias_of(tensors, config.get("modules_to_save") or [])}
     if config.get("bias", "none") != "none" and settings["bias"] == "none":
         raise ValueError(
             f"{path}: bias: {config['bias']!r}, but {file.name} holds no bias; the adapter is incomplete"
         )
-    return settings, tensors
+    if adapter == "lokr":
+        settings["factor"], settings["decompose_both"] = lokr_split(tensors, file)
+    ranks = numbers(config, "r", "rank_pattern", int, layers, path)
+    alpha = "lora_alpha" if adapter == "lora" else "alpha"
+    alphas = numbers(config, alpha, "alpha_pattern", int | float, layers, path)
+    if adapter == "lora" and config.get("use_rslora"):  # its scale is alpha / sqrt(rank)
+        alphas = {layer: alpha * ranks[layer] ** 0.5 for layer, alpha in alphas.items()}
+    forms = {layer: {"rank": ranks[layer], "alpha": float(alphas[layer])} for layer in layers}
+    return settings, forms, tensors
 
 
-def peft_settings(config: dict, path: Path) -> dict:
-    """The arguments of adapt that adapter_config.json describes."""
+def peft_adapter(config: dict, path: Path) -> str:
+    """The kind of adapter that adapter_config.json describes, a key of ADAPTERS."""
     adapter = str(config.get("peft_type")).lower()
     if adapter not in ADAPTERS:
         kinds = ", ".join(kind.upper() for kind in ADAPTERS)
@@ -293,15 +294,48 @@ def peft_settings(config: dict, path: Path) -> dict:
             f"{path}: init_lora_weights: {start!r} changes the pretrained weights too; convert it to "
             "plain LoRA with PEFT first (path_initial_model_for_weight_conversion)"
         )
-    alpha = "lora_alpha" if adapter == "lora" else "alpha"
-    for key, kinds in (("r", int), (alpha, int | float)):
-        if not isinstance(config.get(key), kinds) or config[key] <= 0:
-            raise ValueError(f"{path}: {key}: expected a number above 0, found {config.get(key)!r}")
-    settings = {"adapter": adapter, "rank": config["r"], "alpha": float(config[alpha])}
-    if adapter == "lokr":
-        settings["factor"] = config.get("decompose_factor", -1)
-        settings["decompose_both"] = config.get("decompose_both", False)
-    return settings
+    return adapter
+
+
+def numbers(config: dict, key: str, pattern: str, kinds, layers: list[str], path: Path) -> dict:
+    """config[key] for each layer; or the number of the first of config[pattern] that matches its name."""
+    patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{path}: {pattern}: expected a JSON object, found {patterns!r}")
+    for name, number in [(key, config.get(key)), *((pattern, n) for n in patterns.values())]:
+        if not isinstance(number, kinds) or number <= 0:
+            raise ValueError(f"{path}: {name}: expected a number above 0, found {number!r}")
+    try:  # PEFT's rule: get_pattern_key in peft/utils/other.py
+        rules = [(re.compile(rf"(.*\.)?({text})$"), n) for text, n in patterns.items()]
+    except re.error as error:
+        raise ValueError(f"{path}: {pattern}: expected regular expressions ({error})") from None
+    return {
+        layer: next((n for rule, n in rules if rule.match(layer)), config[key]) for layer in layers
+    }
+
+
+def lokr_split(tensors: dict, path: Path, signs=(1, -1)) -> tuple[int, bool]:
+    """The arguments factor and decompose_both of LoKrLinear for layers with these tensors.
+
+    signs: (-1,) for a factor of PEFT's rule. Raises ValueError if no factor fits all layers.
+    """
+    sides = set()  # (features, rows or columns of W1)
+    for layer in layers_of(tensors):
+        for axis, end in enumerate("ab"):
+            names = [f"{layer}.lokr_{w}" for w in ("w1", "w2")]
+            pair = [tensors.get(name, tensors.get(f"{name}_{end}")) for name in names]
+            if all(t is not None and t.ndim == 2 for t in pair):  # otherwise fill names the tensor
+                side, other = (t.shape[axis] for t in pair)
+                sides.add((side * other, side))
+    largest = max((features for features, _ in sides), default=1)
+    for factor in (-1, 1, *(sign * n for sign in signs for n in range(2, 1 + largest))):
+        if all(factorization(features, factor)[0] == side for features, side in sides):
+            return factor, any(key.endswith("lokr_w1_a") for key in tensors)
+    listed = ", ".join(f"{side} for {features}" for features, side in sorted(sides))
+    raise ValueError(
+        f"{path}: lokr_w1: no decompose_factor gives PEFT's Linear these sides of W1: {listed} features; "
+        "adapt with another factor (-1 always fits), or merge the adapters instead"
+    )
 
 
 def layers_of(tensors: dict) -> list[str]:

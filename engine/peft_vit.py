@@ -70,7 +70,14 @@ def read_vit(folder: Path) -> tuple[list[str], dict, dict[str, torch.Tensor], di
 
     The tensors have the keys of one layout. If the folder holds both, their tensors must be equal.
     """
-    settings, tensors = read_peft(folder)
+    settings, forms, tensors = read_peft(folder)
+    form, *others = forms.values()
+    if any(other != form for other in others):
+        raise ValueError(
+            f"{folder / CONFIG}: rank_pattern, alpha_pattern: expected one rank and one alpha for all; to "
+            "read such a folder into transformers' model, call load_peft of engine/peft_folder.py"
+        )
+    settings |= form
     if (folder / HEAD).is_file():
         tensors |= read_tensors(folder / HEAD)[0]
     head = tensors.get("classifier.weight")

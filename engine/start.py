@@ -56,7 +56,7 @@ def prepare(config: Config) -> Run:
     with devices.in_turn():
         dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
         check_sizes(config, len(dataset.train), dataset.test is not None)
-        shape = last["extra"].get("shape", vit.OLD) if last else source.shape if source else {}
+        shape = shape_of(last, config) if last else source.shape if source else {}
         model, preprocessing = vit.build(
             shape or c.model,
             c.weights,
@@ -111,6 +111,12 @@ def prepare(config: Config) -> Run:
     )
 
 
+def shape_of(last: dict, config: Config) -> dict:
+    """The trunk's shape of a run that resumes. An older last.pt lacks it; the weights say it, or the name."""
+    named = vit.named_shape(config.model or "vit_b_16") if config.weights == "none" else {}
+    return last["extra"].get("shape", named | vit.OLD)
+
+
 def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
     """The config with the settings of what the run starts from; the content of last.pt; the adapter.
 
@@ -141,7 +147,7 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
 
 
 def read_source(path: str) -> Source:
-    """Read an adapter file (or the folder of its run) or a PEFT folder of Hugging Face's ViT."""
+    """Read an adapter file (or the folder of its run) or a PEFT folder of one of transformers' ViTs."""
     folder = Path(path)
     if not folder.is_dir() or (folder / checkpoint.ADAPTER_FILE).is_file():
         tensors, info = checkpoint.read_adapter(path)

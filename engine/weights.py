@@ -99,6 +99,7 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
         images = json.loads(metadata["preprocessing"])
         eps = json.loads(metadata.get("eps", "1e-6"))
         known = {"eps": eps, **json.loads(metadata.get("shape", "{}"))}
+        known.pop("old_positions", None)  # of the run that wrote the file
         if metadata.get("model") == "vit_mini":  # written before files held their shape
             known["num_heads"] = 4
     else:
@@ -115,13 +116,18 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
             "num_heads": config.get("num_attention_heads"),
         }
         images = images_of(config, path, layout, shape, notes)
-    wanted, said = given.get("num_heads"), known.get("num_heads")
-    if wanted and said and wanted != said:
-        raise ValueError(f"expected {wanted} attention heads, found {said} in the file beside it")
-    heads = wanted or said or heads_of(path, shape, notes)
+    wanted, stated = given.get("num_heads"), known.get("num_heads")
+    if wanted and stated and wanted != stated:
+        place = "its metadata" if "preprocessing" in metadata else "the file beside it"
+        raise ValueError(
+            f"{place} says {stated} attention heads, and --heads or the adapter says {wanted}; leave --heads "
+            "out, or name the adapter's weights"
+        )
+    heads = wanted or stated or heads_of(path, shape, notes)
     if not isinstance(heads, int) or heads < 1 or shape["hidden_dim"] % heads:
         raise ValueError(
-            f"expected a number of heads that divides the width, {shape['hidden_dim']}, found {heads!r}"
+            f"expected a number of heads that divides the width, {shape['hidden_dim']}, found {heads!r}: "
+            "give another one with --heads"
         )
     return Pretrained(state, {**known, **shape, "num_heads": heads}, images, notes)
 
@@ -129,7 +135,7 @@ def described(state: dict, metadata: dict, path: Path, given: dict) -> Pretraine
 def config_beside(path: Path) -> dict:
     """What config.json beside a file says, in Hugging Face's words. From timm's and OpenCLIP's, too."""
     file, openclip_file = path.with_name("config.json"), path.with_name("open_clip_config.json")
-    config, openclip = said(optional_json(file)), said(optional_json(openclip_file))
+    config, openclip = map(without_nulls, map(optional_json, (file, openclip_file)))
     if path.name.startswith("open_clip") and openclip:
         model = part(openclip, "model_cfg", openclip_file)
         vision = part(model, "vision_cfg", openclip_file)
@@ -169,11 +175,11 @@ def part(config: dict, key: str, file: Path) -> dict:
     return found
 
 
-def said(value):
+def without_nulls(value):
     """A value from a JSON file without the nulls in it: they stand for what is not said."""
     if not isinstance(value, dict):
         return value
-    return {key: said(inner) for key, inner in value.items() if inner is not None}
+    return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
 
 
 def eps_of(config: dict, layout: str, shape: dict, notes: list[str]) -> float:
@@ -241,11 +247,10 @@ def images_of(config: dict, path: Path, layout: str, shape: dict, notes: list[st
     else:
         theirs = preprocessing_in(path.parent, config.get("images"))
     if not {"mean", "std"} <= theirs.keys():
-        notes.append(f"images as for {rule}")
+        notes.append(f"images as for {rule}, mean {images['mean']}, std {images['std']}")
     images |= theirs
-    if (
-        images["image_size"] == 518 and source is None
-    ):  # DINOv2's last epochs; almost everybody uses 224
+    # DINOv2's last epochs had 518. Almost everybody uses 224.
+    if images["image_size"] == 518 and source is None:
         images["image_size"] = 224
     if images["image_size"] % shape["patch_size"]:
         images["image_size"] = shape["image_size"]
@@ -268,8 +273,8 @@ def images_by_rule(words: str, layout: str, shape: dict) -> tuple[dict, str]:
         return {**IMAGENET, **bicubic, "crop": 224 / 256}, "DINOv2"
     if shape["layer_scale"] or shape["prefix_tokens"] == 2:
         return {**IMAGENET, **bicubic}, "DeiT"
-    if named := re.search("deit|dino|mae|jepa", words):
-        return {**IMAGENET, **bicubic}, named[0].upper()
+    if named := re.search(r"(?<![a-z])(deit|dino|mae|i?jepa)(v?\d+)?(?![a-z])", words):
+        return {**IMAGENET, **bicubic}, named[1].upper()
     if not shape["prefix_tokens"]:
         return {**IMAGENET, **bicubic}, "I-JEPA"
     if layout in ("vit", "vit5"):
@@ -284,7 +289,7 @@ def preprocessing_in(folder: Path, other: dict | None = None) -> dict:
     other: what another file says, for what this one does not say.
     """
     file = folder / "preprocessor_config.json"
-    theirs, found = said(optional_json(file)), dict(other or {})
+    theirs, found = without_nulls(optional_json(file)), dict(other or {})
     keys = {"mean": "image_mean", "std": "image_std"}
     found |= {ours: triple(theirs[key], key, file) for ours, key in keys.items() if key in theirs}
     if "resample" in theirs:
@@ -363,11 +368,16 @@ def interpolation(name: str | None, key: str, file: Path) -> str:
 def torchvision_source(weights: str, model: str) -> WeightsEnum:
     """torchvision's weights of this name for this model."""
     if model not in TORCHVISION_MODELS:
-        raise ValueError(f"--weights {weights}: of {', '.join(TORCHVISION_MODELS)}, not of {model}")
+        raise ValueError(
+            f"--model {model}: torchvision has no weights for it; expected one of "
+            f"{', '.join(TORCHVISION_MODELS)}"
+        )
     members = get_model_weights(model).__members__
     if TORCHVISION[weights] not in members:
         others = ", ".join(name for name, member in TORCHVISION.items() if member in members)
-        raise ValueError(f"--weights {weights}: {model} has {others or 'none'} in torchvision")
+        raise ValueError(
+            f"--weights {weights}: torchvision has none of this name for {model}; it has {others}"
+        )
     return members[TORCHVISION[weights]]
 
 

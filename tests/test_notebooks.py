@@ -135,7 +135,7 @@ def test_kaggle_runs_from_start_to_finish_with_nothing_attached(execute):
     folder, cells = execute("kaggle", more=AFTERWARDS)
     code = folder / "vit-adapters"
     assert {path.name for path in folder.iterdir()} == {code.name}
-    for name in notebooks.MODULES:
+    for name in (*notebooks.MODULES, *notebooks.PACKED):
         assert (code / f"{name}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
     processes, modules, runs = json.loads(said(cells[-1:]))
     assert processes == 2

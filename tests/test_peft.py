@@ -115,9 +115,11 @@ def test_initial_factors_have_peft_s_zeros_and_spread(case):
             assert p.abs().max() > 0.7 * bound and q.abs().max() > 0.7 * bound, name
 
 
-def test_factorization_is_peft_s_with_the_smaller_first():
+def test_factorization_is_peft_s_with_the_smaller_first_or_not():
     from peft.tuners.lokr.layer import factorization as reference
 
     for n in range(1, 400):
         for factor in (-1, 1, 2, 3, 4, 8, 16, 64):
             assert factorization(n, factor) == tuple(sorted(reference(n, factor))), (n, factor)
+            if factor > 1:
+                assert factorization(n, -factor) == reference(n, factor), (n, factor)

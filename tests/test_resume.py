@@ -247,6 +247,17 @@ def test_last_pt_unpickles_nothing_that_runs(tmp_path, capsys):
     assert not (tmp_path / "evil").exists()
 
 
+def test_a_run_of_before_shapes_were_saved_goes_on_with_random_weights(tmp_path, stop_after):
+    flags = [*FLAGS, "--weights", "none", "--model", "vit_mini", "--out", str(tmp_path / "run")]
+    stop_after(4)
+    assert train.main(flags) == 143
+    last = checkpoint.read_resume(tmp_path / "run" / "last.pt")
+    del last["extra"]["shape"]
+    torch.save(last, tmp_path / "run" / "last.pt")
+    stop_after(10_000)
+    assert train.main([*flags, "--resume"]) == 0
+
+
 def test_resume_needs_a_folder_and_overwrites_no_adapter(tmp_path, capsys):
     assert train.main(["--resume"]) == 2
     assert capsys.readouterr().err.startswith("train.py: --resume: expected --out as well")

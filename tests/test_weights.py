@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
+from adapters import write_adapter
 from conftest import ROOT, wait_until
 from hf import hf_vit, randomise_all, refuse_network, timm_vit
 from safetensors.torch import load_file, save_file
@@ -932,8 +933,44 @@ def test_facebook_s_file_without_a_class_token(tmp_path):
     randomise_all(model)
     state = {k: t for k, t in model.state_dict().items() if not k.startswith("head.")}
     file = tmp_path / "IN1K-vit.h.14-300e.pth.tar"
-    torch.save({f"module.{key}": t for key, t in state.items()}, file)
+    state = {f"module.{key}": t for key, t in state.items()}
+    torch.save({"encoder": {}, "target_encoder": state, "epoch": 300}, file)
     built, found = vit.build(None, str(file), 3, heads=4)
     assert built.shape["pool"] == "mean" and found["mean"] == weights.IMAGENET["mean"]
     built.heads.head.load_state_dict(model.head.state_dict())
     torch.testing.assert_close(built.eval()(images()), model(images()), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("folder", "mean"),
+    [("dinosaurs", 0.5), ("maeve", 0.5), ("vit_mae", 0.485), ("dinov2-x", 0.485), ("deit3", 0.485)],
+)
+def test_a_folder_s_name_names_a_family_by_whole_words_alone(folder, mean, tmp_path, capsys):
+    file = tmp_path / folder / "plain.safetensors"
+    file.parent.mkdir()
+    save_file(timm_vit().state_dict(), file)
+    assert vit.build(None, str(file), 3, heads=4)[1]["mean"][0] == mean
+    assert f"mean [{mean}" in capsys.readouterr().out
+
+
+def test_a_safetensors_file_is_one_by_its_name_in_any_case(tmp_path):
+    state = timm_vit().state_dict()
+    save_file(state, tmp_path / "MODEL.SAFETENSORS")
+    vit.build(None, str(tmp_path / "MODEL.SAFETENSORS"), 3, heads=4)
+    save_file(state, tmp_path / "model")
+    torch.save(timm_vit(), tmp_path / "whole.pth")
+    for name in ("model", "whole.pth"):
+        with pytest.raises(
+            ValueError, match="not a file of tensors alone; save the model's"
+        ) as error:
+            vit.build(None, str(tmp_path / name), 3, heads=4)
+        assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_full_run_s_file_is_weights_for_a_new_run_with_the_rule_of_today(tmp_path):
+    write_adapter(tmp_path / "a.safetensors", "full")
+    tensors, info = checkpoint.read_adapter(tmp_path / "a.safetensors")
+    info["shape"] |= vit.OLD
+    checkpoint.write_adapter(tmp_path / "b.safetensors", tensors, info)
+    model, _ = vit.build(None, str(tmp_path / "b.safetensors"), 3)
+    assert "old_positions" not in model.shape
