@@ -205,7 +205,7 @@ def check(config: Config) -> None:
     limits = {
         "rank >= 1": config.rank >= 1,
         "alpha > 0": 0 < config.alpha < math.inf,
-        "factor -1 or >= 1": config.factor == -1 or config.factor >= 1,
+        "factor any whole number but 0": config.factor != 0,
         "image_size >= 1": config.image_size is None or config.image_size >= 1,
         "heads >= 1": config.heads is None or config.heads >= 1,
         "epochs >= 1": config.epochs >= 1,

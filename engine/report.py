@@ -102,7 +102,7 @@ def write(
     """
     with atomic(out / "comparison.csv") as temporary:
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, restval="")
+            writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
     main, dropouts = ([summary(v, rows) for v in variants] for variants in (main, dropouts))

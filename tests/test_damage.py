@@ -159,7 +159,7 @@ def test_damage_is_refused_in_one_line_or_harmless(kind, tmp_path, monkeypatch, 
             continue
         assert refused == 0, "a damaged cache is made anew"
         said = capsys.readouterr().out
-        assert ("damaged, it is made anew" in said) == (file.suffix == ".pixels")
+        assert "damaged, it is made anew" in said or file.suffix != ".pixels"
 
 
 @pytest.mark.parametrize("tensor", [True, False])

@@ -572,7 +572,7 @@ def test_recipe_then_flags():
         ("--device cuda:99", "--device cuda:99: cannot be used"),
         ("--out /dev/null/run", "--out /dev/null/run: cannot be made, /dev/null is not a folder"),
         ("--image-size 0", "--image-size 0: expected >= 1"),
-        ("--factor 0", "--factor 0: expected -1 or >= 1"),
+        ("--factor 0", "--factor 0: expected any whole number but 0"),
         ("--lr 1e39", "--lr 1e+39: expected in (0, 1000]"),
         ("--alpha inf", "--alpha inf: expected > 0"),
         ("--seed 99999999999", "--seed 99999999999: expected in 0..4294967295"),

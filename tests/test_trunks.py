@@ -408,7 +408,7 @@ def test_the_rule_for_heads_is_printed(tmp_path, capsys):
 def test_heads_that_cannot_be_are_refused(tmp_path):
     for family in ("ViT", "timm DeiT"):
         FAMILIES[family](tmp_path / family, SIDE)
-        with pytest.raises(ValueError, match=r"expected 2 .*heads, found 4") as error:
+        with pytest.raises(ValueError, match=r"says 4 attention heads, and .* says 2") as error:
             vit.build(None, str(tmp_path / family), 3, heads=2)
         assert family in str(error.value) and "\n" not in str(error.value)
         vit.build(None, str(tmp_path / family), 3, heads=4)  # the control
