@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from adapters import CLASSES, write_adapter
 from hf import hf_vit
 from test_export import peft_trained
@@ -177,3 +179,17 @@ def test_a_run_resumes_without_the_adapter_it_started_from(pets, stop_after):
     assert (
         train.main([*flags, "--init-adapter", "b.safetensors", "--out", "without", "--resume"]) == 2
     )
+
+
+def test_a_run_starts_from_lokr_s_sides_as_peft_splits_them(pets, capsys):
+    """decompose_factor 16 makes W1 of 128 features 16 wide, where our rule, which sorts, makes it 8."""
+    hf_vit(CLASSES).save_pretrained(pets / "trunk")
+    base = transformers.AutoModelForImageClassification.from_pretrained(pets / "trunk")
+    config = peft.LoKrConfig(r=2, alpha=5, target_modules=["q_proj"], decompose_factor=16)
+    config.modules_to_save = ["classifier"]
+    peft.get_peft_model(base, config).save_pretrained(pets / "folder")
+    assert train.main([*QUICK, "--init-adapter", "folder", "--out", "run"]) == 0
+    _, info = checkpoint.read_adapter("run/adapter.safetensors")
+    found = tensors("run/adapter.safetensors")
+    sides = {t.shape for key, t in found.items() if key.endswith("lokr_w1")}
+    assert info["factor"] < -1 and sides == {(16, 16)}
