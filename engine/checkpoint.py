@@ -25,6 +25,11 @@ from engine.adapt import ADAPT
 from engine.devices import out_of_memory
 from engine.files import atomic, first_line, first_mismatch, read_tensors, write_tensors
 
+FOREIGN = {  # the first letters of other tools' tensors, and what they are
+    "lora_": "a file for image generators, see docs/other-tools.md",
+    "lycoris_": "a file for image generators, see docs/other-tools.md",
+    "base_model.model.": "the tensors of a PEFT folder; name the folder, with its adapter_config.json",
+}
 ADAPTER_FILE = "adapter.safetensors"  # in a run's folder
 TEXTS = ("adapter", "bias", "model", "weights", "trunk")
 NEEDED = (*ADAPT, "weights", "seed", "trunk", "classes", "preprocessing")
@@ -82,6 +87,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such adapter file")
     tensors, metadata = read_tensors(path)
+    for start, advice in FOREIGN.items():
+        if next(iter(tensors), "").startswith(start):
+            raise ValueError(f"{path}: expected an adapter file, found {advice}")
     for key in NEEDED:
         if key not in metadata:
             raise ValueError(f"{path}: expected {key!r} in the metadata, found {sorted(metadata)}")

@@ -36,7 +36,7 @@ HARMLESS = """
     qalora_group_size runtime_config
 """.split()
 # What a damaged adapter_config.json must not change: metadata of the tensors has a copy, with a checksum.
-COPIED = ("peft_type", "r", "lora_alpha", "alpha", "modules_to_save")
+COPIED = ("peft_type", "r", "lora_alpha", "alpha", "modules_to_save", "bias", "target_modules")
 # Values of init_lora_weights that leave the pretrained weights unchanged.
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "lycoris")
 

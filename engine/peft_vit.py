@@ -169,4 +169,8 @@ def labels_in(folder: Path) -> list[str]:
     """The class names in a folder, in order; [] for a folder that PEFT wrote."""
     labels = optional_json(folder / "config.json").get("id2label") or {}
     labels = optional_json(folder / LABELS) or labels
+    if set(labels) != {str(i) for i in range(len(labels))}:
+        raise ValueError(
+            f"{folder}: id2label: expected names for 0 to {len(labels) - 1}, found {', '.join(labels)}"
+        )
     return [labels[key] for key in sorted(labels, key=int)]

@@ -21,10 +21,12 @@ def submission(
     ask for probabilities if they are names of classes, or one column of numbers with a point, else for the
     class: for as many classes as a cell of the sample has, separated by spaces.
 
-    found: the probabilities (classes,) of each file. probabilities: take a column of whole numbers for one of
-    probabilities too.
+    found: the probabilities (classes,) of each file.
+    probabilities: a single column asks for one, whatever its cells are.
     Raises ValueError if no id is a file, if an id is two files, or if columns cannot be filled.
     """
+    if not found:
+        raise ValueError(f"{sample}: no image could be read, so there is nothing to write")
     with open(sample, newline="", encoding="utf-8-sig") as file:
         (head, *rows) = [row for row in csv.reader(file) if row] or [[]]
     if len(head) < 2 or not rows or any(len(row) != len(head) for row in rows):
@@ -65,7 +67,7 @@ def filler(
             )
         order = [classes.index(name) for name in head[1:]]
         return lambda p: [f"{p[i]:.6f}" for i in order]
-    if all(is_number(row[1]) and (probabilities or "." in row[1]) for row in rows):
+    if probabilities or all(is_number(row[1]) and "." in row[1] for row in rows):
         names = [head[1], "1", "True", "true", "yes"]
         if len(classes) != 2 and head[1] not in classes:
             raise ValueError(
@@ -74,7 +76,7 @@ def filler(
         positive = next((classes.index(name) for name in names if name in classes), 1)
         print(f"{sample}: {head[1]}: the probability of {classes[positive]}")
         return lambda p: [f"{p[positive]:.6f}"]
-    most = min(len(classes), max(len(row[1].split()) for row in rows))
+    most = max(1, min(len(classes), max(len(row[1].split()) for row in rows)))
     one = most == 1 or any(" " in name for name in classes)
     return lambda p: [" ".join(classes[i] for i in p.topk(1 if one else most).indices)]
 

@@ -11,6 +11,7 @@ import torch
 from adapters import CLASSES, write_adapter
 from conftest import LIMIT, ROOT
 from PIL import Image
+from safetensors.torch import save_file
 from test_export import peft_trained
 from trees import write_image
 
@@ -79,6 +80,28 @@ def test_a_peft_folder_is_as_good_as_the_adapter_file(photos, capsys):
     (Path("folder") / "adapter_config.json").write_text("{}")
     assert predict.main(["folder", photos[0]]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("lora_unet_mid.lora_up.weight", "a file for image generators, see docs/other-tools.md"),
+        ("base_model.model.q.lora_A.weight", "name the folder, with its adapter_config.json"),
+    ],
+)
+def test_a_file_of_another_tool_is_named(key, message, photos, capsys):
+    save_file({key: torch.zeros(1)}, "other.safetensors", {"format": "pt"})
+    assert predict.main(["other.safetensors", "photos"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_class_names_that_are_damaged_are_refused(photos, capsys):
+    export.to_peft("a.safetensors", "folder")
+    file = Path("folder", "id2label.json")
+    file.write_text(file.read_text().replace('"1"', '"3"'))
+    assert predict.main(["folder", "photos"]) == 2
+    assert "id2label: expected names for 0 to 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["", "--batch-size 3", "--batch-size 2 --workers 2"])

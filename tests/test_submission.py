@@ -84,6 +84,8 @@ def test_several_adapters_and_mirrors_average_their_probabilities(photos, capsys
         ("two", "id,is_ship\nx,0.5\n0007,0.5\na.b,0.5\n", "probability"),
         ("two", "id,target\nx,0\n0007,0\na.b,0\n", "class"),
         ("two", "id,target\nx,0\n0007,0\na.b,0\n", "forced"),
+        ("two", "id,target\nx,a\n0007,a\na.b,a\n", "forced"),
+        ("0", "id,label\nx,\n0007,\na.b,\n", "class"),
     ],
 )
 def test_a_submission_is_like_its_sample(adapter, text, cells, photos, capsys):
