@@ -16,6 +16,7 @@ In a notebook:
 
 import math
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 
@@ -202,9 +203,7 @@ def score(config: Config, figures: dict) -> float:
 
 def advise(run: Run) -> None:
     """Name the classes with few training images. Not with --limit, which is for trying things out."""
-    names, counts = run.dataset.classes, {}
-    for label in run.dataset.train.labels.tolist():
-        counts[label] = counts.get(label, 0) + 1
+    names, counts = run.dataset.classes, Counter(run.dataset.train.labels.tolist())
     few = sorted((count, names[label]) for label, count in counts.items() if count < FEW)
     if few and not run.config.limit:
         listed = ", ".join(f"{name} ({count})" for count, name in few[:3])

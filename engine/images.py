@@ -44,9 +44,8 @@ class Split:
     files: list[str] | None = None
     pixels: np.ndarray | None = None  # (N, H, W, 3) uint8; or Kept, for images of many sizes
     bad: dict[int, str] = field(default_factory=dict)  # unreadable row: reason
-    idle: dict = field(
-        default_factory=dict
-    )  # loaders whose worker processes wait for the next epoch
+    # Loaders whose worker processes wait for the next epoch; see data.batches.
+    idle: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.labels = np.asarray(self.labels, np.int64)  # NumPy 1's default on Windows has 32 bits

@@ -37,7 +37,7 @@ def submission(
         names = {"/".join(parts[-n:]) for n in range(1, len(parts) + 1)}
         for name in names | {os.path.splitext(name)[0] for name in names}:
             ids.setdefault(name, []).append(file)
-    fill, words = filler(sample, head, rows, classes, probabilities), []
+    fill, missing = filler(sample, head, rows, classes, probabilities), []
     for row in rows:
         files = ids.get(row[0], [])
         if len(files) > 1:
@@ -47,12 +47,12 @@ def submission(
         if files:
             row[1:] = fill(found[files[0]])
         else:
-            words.append(row[0])
-    if len(words) == len(rows):
+            missing.append(row[0])
+    if len(missing) == len(rows):
         raise ValueError(
-            f"{sample}: expected ids of the images, as {next(iter(ids))}; found {words[0]}"
+            f"{sample}: expected ids of the images, as {next(iter(ids))}; found {missing[0]}"
         )
-    return [head, *rows], words
+    return [head, *rows], missing
 
 
 def filler(
