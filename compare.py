@@ -53,7 +53,9 @@ NEAR = {"head": 20, "lora": 1, "loha": 1, "lokr": 1, "full": 0.4}
 STEP, TRIALS = 2.5, 5  # ratio of neighbouring learning rates; most rates to try
 # A comparison is stopped by ctrl-C, by kill, and by a closing terminal if the system has that signal.
 STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-LOAD = "dataset data_dir limit classes download holdout".split()  # the arguments of data.load
+LOAD = (  # the arguments of data.load
+    "dataset data_dir limit classes download holdout folds fold labels image_column label_column"
+).split()
 OWN = (
     "adapter rank seed resume test init_adapter".split()
 )  # flags that compare.py sets for each run

@@ -36,6 +36,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import ViT_B_16_Weights
 
 from engine.images import Crops, Requests, Split, ignore_interrupts, stand_in, usable
+from engine.tables import SAMPLES, TABLES, choose, labelled
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -57,6 +58,11 @@ def load(
     classes: str | list[str] | None = None,
     download: bool = False,
     holdout: float = 0.0,
+    folds: int | None = None,
+    fold: int = 0,
+    labels: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> Dataset:
     """Find a data set: its class names, and the files or pixels of its splits. Nothing is decoded yet.
 
@@ -67,6 +73,8 @@ def load(
     download: download missing data into data_dir (or ./data); only for food101 and cifar100.
     holdout: fraction of the training images, after classes and limit, to validate on. The data set's own
         validation images then become its test split, unless it has one.
+    folds, fold: as holdout, but with part number `fold`, from 0 on, of `folds` equal parts.
+    labels, image_column, label_column: the table of csv, and its columns, where their names are not usual.
 
     Raises FileNotFoundError if the data is missing, ValueError if the data or an argument is wrong.
     """
@@ -78,13 +86,28 @@ def load(
         raise ValueError(
             f"--download: not possible for {name}; expected one of {', '.join(DOWNLOADS)}"
         )
+    if (folds is not None or fold) and not 0 <= fold < (folds or 0) > 1:
+        raise ValueError(f"--fold {fold} --folds {folds}: expected folds >= 2, fold in 0..folds-1")
+    if folds and holdout:
+        raise ValueError(f"--folds {folds} and --holdout {holdout}: expected only one of them")
+    table = {"labels": labels, "image_column": image_column, "label_column": label_column}
+    table = {key: value for key, value in table.items() if value is not None}
+    if table and name != "csv":
+        key = next(iter(table))
+        raise ValueError(
+            f"--{key.replace('_', '-')} {table[key]}: only for --dataset csv, not {name}"
+        )
     try:
-        splits, names = SOURCES[name](data_dir)
+        splits, names = SOURCES[name](data_dir, **table)
     except FileNotFoundError:
         if not download:
             raise
         fetch(name, data_dir or "data")
         splits, names = SOURCES[name](data_dir or "data")
+    if "val" not in splits and not folds:
+        everything = splits["train"]
+        parts = stratified(relative(everything.files), everything.labels, [0.8])
+        splits |= zip(("train", "val"), map(everything.rows, parts), strict=True)
     wanted = classes.split(",") if isinstance(classes, str) else classes or []
     wanted = [name.strip() for name in wanted if name.strip()]
     for unknown in sorted(set(wanted) - set(names)):
@@ -96,12 +119,19 @@ def load(
         rows = np.flatnonzero(chosen[split.labels])
         rows_of[key] = rows[even_rows(split.labels[rows], limit)] if limit else rows
         splits[key] = split.rows(rows_of[key])
-    if holdout:
+    if holdout or folds:
         # Keys of the whole split: --classes must not change which images are held out.
         keys = relative(whole.files) if whole.files else [*map(str, range(len(whole)))]
         train, keys = splits["train"], [keys[row] for row in rows_of["train"]]
-        train_rows, val_rows = stratified(keys, train.labels, [1 - holdout])
-        splits.setdefault("test", splits["val"])
+        if folds:
+            ranks = hash_ranks(keys, train.labels)
+            alone = np.bincount(train.labels)[train.labels] == 1  # a class's only image trains
+            held_out = (ranks % folds == fold) & ~alone
+            train_rows, val_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+        else:
+            train_rows, val_rows = stratified(keys, train.labels, [1 - holdout])
+        if "val" in splits:
+            splits.setdefault("test", splits["val"])
         splits |= {"train": train.rows(train_rows), "val": train.rows(val_rows)}
     for key, split in splits.items():
         if not len(split):
@@ -424,51 +454,108 @@ def imagenet_names(root: Path, ids: list[str]) -> list[str]:
         return ids
 
 
-VALIDATION, TESTS = ("val", "valid", "validation"), ("test", "testing")
+# The names of folders that are splits, also as a part: seg_train.
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
 
 def folder(data_dir: str | None):
-    """Your own images: DIR/cat/*.jpg, where one image in five validates; or DIR/train/cat/*.jpg,
-    DIR/val/cat/*.jpg (or valid, validation) and, if there is one, DIR/test/cat/*.jpg."""
+    """Your own images: DIR/cat/*.jpg; or DIR/train/cat/*.jpg and, if there are such, DIR/val/cat/*.jpg and
+    DIR/test/cat/*.jpg. PARTS has other names for train, val and test."""
     root = Path(data_dir or "")
     if not data_dir or not root.is_dir():
         raise FileNotFoundError(
             f"--data-dir {data_dir}: no such folder; --dataset folder expects one with class folders"
         )
-    inside = {path.name.lower(): path for path in subfolders(root)}
-    split = "train" in inside and subfolders(inside["train"])  # otherwise train is a class
-    top = inside["train"] if split else root
+    root = unwrapped(root)
+    inside = parts_in(root)
+    top = unwrapped(inside["train"]) if "train" in inside else root
     classes = [path.name for path in subfolders(top)]
-    if len(classes) < 2 or (
-        not split and set(inside) <= {*VALIDATION, *TESTS, "train", "training"}
-    ):
+    named = {name for names in PARTS.values() for name in names}
+    if len(classes) < 2 or (top == root and {name.lower() for name in classes} <= named):
         found = " and ".join(classes) or "none"
-        hint = f"did you mean --data-dir {top / classes[0]}?" if len(classes) == 1 else "see README"
         raise ValueError(
-            f"{top}: expected a folder of images for each class, found {found}; {hint}"
+            f"{top}: expected a folder of images for each class, found {found}; see README, or "
+            "--dataset csv if a table has the labels"
         )
     if wrong := next((name for name in classes if not is_text(name)), None):
         raise ValueError(f"{top}: expected names in UTF-8, found {os.fsencode(wrong)}; rename it")
-    files, labels = list_classes(top, classes)
-    everything = Split(labels, files)
-    splits = {"train": everything}
-    for key, names in (("val", VALIDATION), ("test", TESTS)):
-        if place := next((inside[name] for name in names if split and name in inside), None):
-            folders = subfolders(place)
-            if not folders and key == "test":  # a competition's test images have no labels
-                continue
-            if not folders:
-                raise ValueError(f"{place}: expected a folder for each class; sort it or remove it")
-            if unknown := [path for path in folders if path.name not in classes]:
-                raise ValueError(
-                    f"{unknown[0]}: a class that {top} lacks; add it there or remove it"
-                )
-            part_files, part_labels = list_classes(place, classes, may_lack=True)
-            splits[key] = Split(part_labels, part_files)
-    if "val" not in splits:
-        rows = stratified(relative(files), labels, [0.8])
-        splits |= zip(("train", "val"), map(everything.rows, rows), strict=True)
+    splits = {"train": Split(*reversed(list_classes(top, classes)))}
+    for key in ("val", "test"):
+        if key not in inside or top == root:
+            continue
+        place = unwrapped(inside[key], classes)
+        names = [path.name for path in subfolders(place)]
+        if key == "test" and not set(names) & set(classes):
+            print(f"{place}: its images have no labels, and are left out; predict.py names them")
+            continue
+        if not names:
+            raise ValueError(f"{place}: expected a folder for each class; sort it or remove it")
+        if unknown := [name for name in names if name not in classes]:
+            raise ValueError(
+                f"{place / unknown[0]}: a class that {top} lacks; add it there or remove it"
+            )
+        splits[key] = Split(*reversed(list_classes(place, classes, may_lack=True)))
     return splits, classes
+
+
+def parts_in(root: Path) -> dict[str, Path]:
+    """The folders in root that are splits: none if there is no train folder with folders."""
+    folders, exact, part = subfolders(root), {}, {}
+    for key, names in PARTS.items():
+        for path in folders:
+            name = path.name.lower()
+            if name in names:
+                exact.setdefault(key, path)
+            elif {*re.split(r"[^a-z]+", name)} & {*names}:
+                part.setdefault(key, path)
+    # freight_train alone is a class; seg_train beside seg_test is not.
+    found = exact if "train" in exact else part if len(part) > 1 else {}
+    return found if "train" in found and subfolders(found["train"]) else {}
+
+
+def unwrapped(folder: Path, classes: list[str] | tuple = ()) -> Path:
+    """The folder; if it has nothing but a folder with folders, which is no class, that one, and so on."""
+    while (
+        len(inside := subfolders(folder)) == 1
+        and inside[0].name not in classes
+        and subfolders(inside[0])
+        and not any(name.lower().endswith(IMG_EXTENSIONS) for name in os.listdir(folder))
+    ):
+        folder = inside[0]
+    return folder
+
+
+def table(
+    data_dir: str | None,
+    labels: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+):
+    """Images anywhere below DIR, and a table of their labels: train.csv, labels.csv ... or the one named."""
+    root = Path(data_dir or "")
+    if not data_dir or not root.is_dir():
+        raise FileNotFoundError(
+            f"--data-dir {data_dir}: no such folder; --dataset csv expects one with images and a table"
+        )
+    images, others = images_below(root)
+    if not images:
+        raise ValueError(f"{root}: expected images ({', '.join(IMG_EXTENSIONS)}), found none")
+    tables = [file for file in others if file.lower().endswith((".csv", ".tsv"))]
+    path = labels or choose(tables, TABLES) or (tables[0] if len(tables) == 1 else None)
+    if path is None:
+        found = ", ".join(tables[:5]) or "none"
+        raise FileNotFoundError(
+            f"{root}: expected {', '.join(TABLES)} or another table, found {found}; name it with --labels"
+        )
+    within = [image.removeprefix(os.path.join(root, "")) for image in images]
+    beside = [str(file) for file in Path(path).parent.glob("*.csv")]
+    sample = choose([*tables, *beside], SAMPLES)
+    rows, numbers, classes = labelled(path, within, sample, image_column, label_column)
+    return {"train": Split(numbers, [images[row] for row in rows])}, classes
 
 
 def is_text(name: str) -> bool:
@@ -484,6 +571,7 @@ SOURCES = {
     "cifar100": cifar100,
     "imagenet": imagenet,
     "folder": folder,
+    "csv": table,
     "fashion-mnist": fashion_mnist,
 }
 
@@ -511,11 +599,11 @@ DOWNLOADS = {
 
 
 def find(title: str, data_dir: str | None, fits: Callable[[Path], bool], needs: str) -> Path:
-    """The first folder for which fits is true, at most five levels below data_dir (or ./data and
+    """The first folder for which fits is true, at most seven levels below data_dir (or ./data and
     /kaggle/input). needs: what such a folder has and where to get it, for the error message."""
     roots = [Path(data_dir)] if data_dir else [Path("data"), Path("/kaggle/input")]
     level = [root for root in roots if root.is_dir()]
-    for _ in range(6):
+    for _ in range(8):
         for folder in level:
             if fits(folder):
                 print(f"{title}: {folder}")
@@ -580,13 +668,19 @@ def stratified(names: list[str], labels: np.ndarray, shares: list[float]) -> lis
     Within a class, rows are sorted by a hash of their names: the split does not depend on where the data
     lies (see relative), on the order of the files or on a version of a random generator.
     """
-    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names]
-    by_hash = np.argsort([digest.hexdigest() for digest in hashes])
-    ranks, sizes = np.empty(len(labels), np.int64), np.bincount(labels)
-    ranks[by_hash] = class_ranks(labels[by_hash])
+    ranks, sizes = hash_ranks(names, labels), np.bincount(labels)
     ends = [np.floor(sizes * share + 1e-9).clip(1)[labels] for share in np.cumsum(shares)]
     part = sum((ranks >= end).astype(int) for end in ends)
     return [np.flatnonzero(part == k) for k in range(len(shares) + 1)]
+
+
+def hash_ranks(names: list[str], labels: np.ndarray) -> np.ndarray:
+    """For each row, its place within its class, by a hash of its name."""
+    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")) for name in names]
+    by_hash = np.argsort([digest.hexdigest() for digest in hashes])
+    ranks = np.empty(len(labels), np.int64)
+    ranks[by_hash] = class_ranks(labels[by_hash])
+    return ranks
 
 
 def class_ranks(labels: np.ndarray) -> np.ndarray:

@@ -304,9 +304,18 @@ def train(config: Config) -> dict:
     Raises ValueError or OSError with one line: before the run's folder is made, if the config or the data
     cannot work; later, if the loss is not finite, memory is too small, or the adapter file cannot be
     written. Raises Stopped, a KeyboardInterrupt, after a signal. Files that are written stay.
+    After --max-hours, the dict has "stopped" as well, which says how to resume, and val_accuracy is that of
+    the best epoch so far, or None.
     """
     try:
-        result = fit(prepare(config))
+        run = prepare(config)
+        result = fit(run)
+    except Stopped as stopped:
+        if stopped.status:
+            raise
+        print(stopped)
+        sizes = {"trainable": run.trainable, "total": run.total, "run_dir": str(run.folder)}
+        result = {"val_accuracy": None, **run.best, **sizes, "stopped": str(stopped)}
     except (MemoryError, RuntimeError) as error:
         if advice := devices.memory_advice(config, error):
             raise ValueError(advice) from None
@@ -318,7 +327,7 @@ def train(config: Config) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status.
 
-    That is 0, or 2 for an error (one line on stderr), or 128 + the number of a signal.
+    That is 0, after --max-hours too, or 2 for an error (one line on stderr), or 128 + a signal's number.
     """
     who = f"train.py, process {process()}" if process() > 0 else "train.py"
     try:

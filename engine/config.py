@@ -14,7 +14,9 @@ from typing import get_args
 from engine.adapt import ADAPT, METHODS
 
 # Data sets and trunks by name, as in data.SOURCES and vit.MODELS.
-DATASETS = "demo tiny-imagenet tiny-imagenet-official food101 cifar100 imagenet folder fashion-mnist".split()
+DATASETS = (
+    "demo tiny-imagenet tiny-imagenet-official food101 cifar100 imagenet folder csv fashion-mnist"
+).split()
 MODELS = "vit_b_16 vit_b_32 vit_l_16 vit_l_32 vit_h_14 vit_mini".split()
 
 
@@ -38,6 +40,19 @@ class Config:
     download: bool = option(False, "download the data set if it is missing (food101, cifar100)")
     holdout: float = option(
         0.0, "fraction of the training images to validate on, instead of the validation split"
+    )
+    folds: int | None = option(
+        None, "validate on one of so many equal parts of the training images"
+    )
+    fold: int = option(0, "which part: 0 is the first")
+    labels: str | None = option(
+        None, "csv: the table of labels (default: train.csv, labels.csv, ... below --data-dir)"
+    )
+    image_column: str | None = option(
+        None, "csv: the table's column of images (default: by its name)"
+    )
+    label_column: str | None = option(
+        None, "csv: its column of labels (default: by its name), or columns of 0 and 1: a,b,c"
     )
     min_crop: float = option(0.08, "smallest random crop, as a fraction of the area; 1: no crops")
     flip: bool = option(True, "mirror training images at random")
@@ -103,19 +118,27 @@ class Config:
     )
     resume: bool = option(False, "resume the run in --out; start it if there is none")
     save_minutes: float = option(10.0, "minutes between two saves of last.pt within an epoch")
+    max_hours: float | None = option(
+        None, "hours after which the run saves and ends, with status 0; --resume continues it"
+    )
 
     def __post_init__(self):
-        if self.recipe not in RECIPES:
-            raise ValueError(f"--recipe {self.recipe}: expected one of {', '.join(RECIPES)}")
-        settings = RECIPES[self.recipe]
-        self.filled = {}  # what was not given; for dataclasses.replace, everything is given
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None:
-                value = self.filled[f.name] = settings.get(f.name, f.metadata.get("default"))
-            setattr(self, f.name, converted(f, value))
+        fill(self, RECIPES)
         if "model" in self.filled and self.weights != "none":
             self.model = None  # a recipe names it for random weights alone
+
+
+def fill(config, recipes: dict[str, dict]) -> None:
+    """Give each field that is None the value of the config's recipe, or its default."""
+    if config.recipe not in recipes:
+        raise ValueError(f"--recipe {config.recipe}: expected one of {', '.join(recipes)}")
+    settings = recipes[config.recipe]
+    config.filled = {}  # what was not given; for dataclasses.replace, everything is given
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if value is None:
+            value = config.filled[f.name] = settings.get(f.name, f.metadata.get("default"))
+        setattr(config, f.name, converted(f, value))
 
 
 def converted(f, value):
@@ -191,17 +214,13 @@ RECIPES = {
 
 # What a resumed run may change: it does not change what is learnt, or it is compared elsewhere (the trunk).
 FREE = (
-    "recipe data_dir weights model download recompute device workers cache_dir test out resume "
-    "save_minutes"
+    "recipe data_dir labels weights model download recompute device workers cache_dir test out resume "
+    "save_minutes max_hours"
 ).split()
 
 
 def check(config: Config) -> None:
     """Raise ValueError in one line, with flag, value and what is allowed, for a value that cannot work."""
-    for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata.get("choices")
-        if choices and value not in (*choices, f.metadata["default"]):
-            raise ValueError(f"{flag(f.name)} {value}: expected one of {', '.join(choices)}")
     limits = {
         "rank >= 1": config.rank >= 1,
         "alpha > 0": 0 < config.alpha < math.inf,
@@ -227,7 +246,20 @@ def check(config: Config) -> None:
         "limit >= 1": config.limit is None or config.limit >= 1,
         "seed in 0..4294967295": 0 <= config.seed < 2**32,
         "save_minutes >= 0": config.save_minutes >= 0,
+        "max_hours > 0": config.max_hours is None or config.max_hours > 0,
     }
+    check_values(config, limits)
+
+
+def check_values(config, limits: dict[str, bool]) -> None:
+    """Raise ValueError for a value that is none of its field's choices, or breaks a limit.
+
+    limits: whether "FIELD what is allowed" holds.
+    """
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        if choices and value not in (*choices, f.metadata["default"]):
+            raise ValueError(f"{flag(f.name)} {value}: expected one of {', '.join(choices)}")
     for rule, holds in limits.items():
         if not holds:
             name, allowed = rule.split(" ", 1)
@@ -254,11 +286,11 @@ def hyperparameters(config: Config) -> dict:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-def refuse_changes(config: Config, previous: dict) -> None:
+def refuse_changes(config, previous: dict, free=FREE) -> None:
     """Raise ValueError if a flag that changes what is learnt differs from the config that the run had."""
     now = asdict(config)
     changed = [
-        key for key in now if key not in FREE and key in previous and previous[key] != now[key]
+        key for key in now if key not in free and key in previous and previous[key] != now[key]
     ]
     if changed:
         listed = "; ".join(f"{flag(key)} was {previous[key]}, is now {now[key]}" for key in changed)
@@ -281,19 +313,27 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see --help")
 
 
-def parse(argv: list[str] | None = None) -> Config:
-    """The command line as a Config. Raises ValueError for an unknown flag or a wrong value."""
+def parse(
+    argv: list[str] | None = None,
+    kind=Config,
+    recipes=RECIPES,
+    what="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr.",
+):
+    """The command line as a Config, or as another such dataclass with its recipes.
+
+    Raises ValueError for an unknown flag or a wrong value.
+    """
     parser = Parser(
-        description="Adapt a pretrained Vision Transformer to a data set with LoRA, LoHa or LoKr.",
+        description=what,
         epilog="A recipe (default: demo) overrides these defaults, and a flag overrides the recipe.",
     )
-    for f in fields(Config):
-        kind = kind_of(f)
+    for f in fields(kind):
         text = f.metadata["help"].replace("%", "%%")
-        if choices := RECIPES if f.name == "recipe" else f.metadata.get("choices"):
+        if choices := recipes if f.name == "recipe" else f.metadata.get("choices"):
             text += f": {', '.join(choices)}"
         if f.metadata.get("default") is not None:
             text += f" (default: {f.metadata['default']})"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        how = {"type": kind_of(f)}
+        how = {"action": argparse.BooleanOptionalAction} if how["type"] is bool else how
         parser.add_argument(flag(f.name), default=f.default, help=text, **how)
-    return Config(**vars(parser.parse_args(argv)))
+    return kind(**vars(parser.parse_args(argv)))

@@ -34,7 +34,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from engine import checkpoint
-from engine.devices import check_same_step, process, processes
+from engine.devices import add_up, check_same_step, process, processes
 from engine.files import atomic, remove_temporaries
 
 try:
@@ -71,6 +71,7 @@ class Run:
     result: dict | None = None  # of a finished run
     unwritten: set[str] = field(default_factory=set)  # files that could not be written
     saved: int | None = None  # the step of last.pt
+    started: float = field(default_factory=time.monotonic)  # from then on --max-hours count
 
     KEPT = ("step", "epoch", "best", "best_tensors", "result")
 
@@ -79,7 +80,7 @@ class Run:
         """Lock the folder, obey signals, and resume.
 
         steps: of an epoch. columns: the column of metrics.csv for each of TensorBoard's tags.
-        Raises ValueError for a loss or a tensor that is not finite, Stopped if a signal asks for it.
+        Raises ValueError for a loss or a tensor that is not finite, Stopped after a signal or --max-hours.
         """
         self.optimizer, self.scaler, self.steps = optimizer, scaler, steps
         self.meter = Meter(every=max(1, steps // 20), steps=steps)
@@ -95,7 +96,7 @@ class Run:
                 self.log.release()
 
     def after_step(self) -> None:
-        """Save last.pt if it is time to, and stop if a signal asks for it."""
+        """Save last.pt if it is time to, and stop if a signal or --max-hours asks for it."""
         if time.monotonic() - self.clock >= 60 * self.config.save_minutes:
             self.save()
         self.obey()
@@ -107,15 +108,27 @@ class Run:
             yield batch
 
     def obey(self) -> None:
-        """Save and raise Stopped if a signal has come. Of several processes, the first one does."""
-        number = self.signals.received
-        if not number or process() > 0:
+        """Save and raise Stopped if a signal has come or --max-hours have passed.
+
+        Of several processes, the first one obeys a signal, and all of them obey the clock.
+        """
+        number = self.signals.received if process() == 0 else None
+        if not number and not self.late():
             return
         self.save()
         kept = f"last.pt is at step {self.saved}" if self.saved is not None else "nothing is saved"
-        name = signal.Signals(number).name
+        name = signal.Signals(number).name if number else f"--max-hours {self.config.max_hours:g}"
         message = f"stopped by {name} after step {self.step}; {kept}; {self.how_to_resume()}"
         raise Stopped(number, message)
+
+    def late(self) -> bool:
+        """True if --max-hours have passed; all processes agree, which costs torchrun's a sum in each step."""
+        if self.config.max_hours is None:
+            return False
+        passed = time.monotonic() - self.started >= 3600 * self.config.max_hours
+        if processes() > 1:
+            passed = bool(add_up(torch.tensor(int(passed), device=self.device)))
+        return passed
 
     def save(self) -> bool:
         """Write last.pt, if it can be written. Of several processes, the first one does.
@@ -381,8 +394,11 @@ class Log:
     def __init__(self, run: Run, columns: dict[str, str]):
         self.run, self.columns, self.rows, self.writer = run, columns, [], None
 
-    def write(self, values: dict[str, float | list[float]]) -> None:
-        """Add a point at the run's step for each of TensorBoard's tags; a list becomes a histogram."""
+    def write(self, values: dict[str, float | list[float] | str]) -> None:
+        """Add a point at the run's step for each of TensorBoard's tags.
+
+        A list becomes a histogram, and a text names a picture file in the run's folder.
+        """
         self.rows.append({"step": self.run.step, "time": time.time(), **values})
         self.save()
 
@@ -400,9 +416,9 @@ class Log:
             writer = csv.DictWriter(file, ("epoch", "step", *columns.values()), restval="")
             writer.writeheader()
             for row in self.rows:
-                values = {columns[tag]: row[tag] for tag in columns if tag in row}
-                epoch = f"{row['step'] / self.run.steps:.6g}"
-                writer.writerow({"epoch": epoch, "step": row["step"], **values})
+                if values := {columns[tag]: row[tag] for tag in columns if tag in row}:
+                    epoch = f"{row['step'] / self.run.steps:.6g}"
+                    writer.writerow({"epoch": epoch, "step": row["step"], **values})
 
     def save_events(self) -> None:
         if not self.writer:  # a new file that has all rows, from the first one on
@@ -412,9 +428,14 @@ class Log:
         try:
             for row in self.rows[self.shown :]:
                 for tag in row.keys() - {"step", "time"}:
-                    many = isinstance(row[tag], list)
+                    value, where = row[tag], {"global_step": row["step"], "walltime": row["time"]}
+                    if isinstance(value, str):
+                        if (file := self.run.folder / value).exists():  # a user may remove it
+                            self.writer.add_image(tag, imread(file), dataformats="HWC", **where)
+                        continue
+                    many = isinstance(value, list)
                     add = self.writer.add_histogram if many else self.writer.add_scalar
-                    add(tag, np.array(row[tag]), row["step"], walltime=row["time"])
+                    add(tag, np.array(value), **where)
             self.writer.flush()
             self.shown = len(self.rows)
             # TensorBoard reads files in the order of their names, which is not always that of their age.
@@ -455,11 +476,11 @@ class Log:
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the run to stop, and it has saved and stopped."""
+    """A signal (number), or --max-hours (None), asked the run to stop, and it has saved and stopped."""
 
-    def __init__(self, number: int, message: str):
+    def __init__(self, number: int | None, message: str):
         super().__init__(message)
-        self.status = 128 + number
+        self.status = 128 + number if number else 0
 
 
 class Signals:

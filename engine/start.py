@@ -5,6 +5,7 @@ Each file is read once, here, and its content is passed on.
 
 import copy
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def prepare(config: Config) -> Run:
 
     Raises OSError or ValueError in one line, before the folder is made.
     """
+    started = time.monotonic()
     config, last, source = begin(config)
     check_folder(config)
     device = devices.pick_device(devices.join(config.device))
@@ -54,7 +56,9 @@ def prepare(config: Config) -> Run:
     checkpoint.seed_generators(config.seed)
     c = config
     with devices.in_turn():
-        dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, c.holdout)
+        split = (c.holdout, c.folds, c.fold)
+        table = (c.labels, c.image_column, c.label_column)
+        dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, *split, *table)
         check_sizes(config, len(dataset.train), dataset.test is not None)
         shape = shape_of(last, config) if last else source.shape if source else {}
         model, preprocessing = vit.build(
@@ -108,6 +112,7 @@ def prepare(config: Config) -> Run:
         lock=lock,
         last=last,
         extra={"unreadable": unreadable, "shape": model.shape},
+        started=started,
     )
 
 

@@ -1,12 +1,11 @@
 """A submission to a competition: the answers for its images, in the form of its sample_submission.csv."""
 
-import csv
-import os
 from pathlib import Path
 
 import torch
 
 from engine.pictures import shorten
+from engine.tables import Ends, read
 
 
 def submission(
@@ -27,30 +26,24 @@ def submission(
     """
     if not found:
         raise ValueError(f"{sample}: no image could be read, so there is nothing to write")
-    with open(sample, newline="", encoding="utf-8-sig") as file:
-        (head, *rows) = [row for row in csv.reader(file) if row] or [[]]
-    if len(head) < 2 or not rows or any(len(row) != len(head) for row in rows):
-        raise ValueError(f"{sample}: expected a header and rows of an id and more columns")
-    ids = {}
-    for file in found:
-        parts = Path(file).parts
-        names = {"/".join(parts[-n:]) for n in range(1, len(parts) + 1)}
-        for name in names | {os.path.splitext(name)[0] for name in names}:
-            ids.setdefault(name, []).append(file)
+    head, rows = read(sample)
+    if len(head) < 2:
+        raise ValueError(f"{sample}: expected columns of ids and of answers, found {head[0]}")
+    files, ends = [*found], Ends([*found])
     fill, missing = filler(sample, head, rows, classes, probabilities), []
     for row in rows:
-        files = ids.get(row[0], [])
-        if len(files) > 1:
+        named = [files[i] for i in ends(row[0])]
+        if len(named) > 1:
             raise ValueError(
-                f"{sample}: {row[0]}: expected one image, found {', '.join(files[:3])}"
+                f"{sample}: {row[0]}: expected one image, found {', '.join(named[:3])}"
             )
-        if files:
-            row[1:] = fill(found[files[0]])
+        if named:
+            row[1:] = fill(found[named[0]])
         else:
             missing.append(row[0])
     if len(missing) == len(rows):
         raise ValueError(
-            f"{sample}: expected ids of the images, as {next(iter(ids))}; found {missing[0]}"
+            f"{sample}: expected ids of the images, as {Path(files[0]).name}; found {missing[0]}"
         )
     return [head, *rows], missing
 

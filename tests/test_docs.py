@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,10 +22,12 @@ from families import FAMILIES
 from sdxl import toy_sdxl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_compare import launch
+from test_tables import write_competition
 from torch import nn
 from trees import food101, pets, tiny_imagenet, write_image
 
 import compare
+import data
 import export
 import lora
 import minimal
@@ -72,12 +75,13 @@ def execute(page, changes=()):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """A folder with a run and photos, as the pages' commands name them."""
+    """A folder with a run, photos and a competition, as the pages' commands name them."""
     monkeypatch.chdir(tmp_path)
     for label, name in enumerate(("cat", "dog")):
         for i in range(10):
             write_image(tmp_path / "photos" / name / f"{i}.jpg", label, i, (160, 120))
     write_image(tmp_path / "photo.jpg", 0, 1)
+    write_competition(tmp_path / "cassava", "cassava")
     train.train(Config(limit=20, epochs=1, out="runs/x"))
     return tmp_path / "runs"
 
@@ -102,14 +106,22 @@ def test_each_block_of_code_is_of_a_kind_that_is_run():
         assert "`sh" not in text.replace("\n```sh\n", ""), name
     pages = {name for name, blocks in CODE.items() if blocks}
     pages -= {"other-tools.md"}  # whose code tests/test_kohya.py runs
-    assert pages == {"README.md", "training.md", "weights-and-export.md", "any-model.md"}
+    assert pages == {
+        "README.md",
+        "data.md",
+        "training.md",
+        "weights-and-export.md",
+        "any-model.md",
+    }
 
 
 def test_commands_that_predict_and_export_and_draw(runs, capsys):
     """And the Python that opens the exported folder: it says the class that predict.py says."""
     scripts = {f"python {module.__name__}.py": module for module in (predict, export, spectra)}
     lines = [line for line in SHELL if line.startswith(tuple(scripts))]
-    assert len(lines) == 6
+    assert len(lines) == 7
+    for fold in "01":
+        shutil.copytree(runs / "x", runs / fold)
     for line in lines:
         script = next(script for start, script in scripts.items() if line.startswith(start))
         assert script.main(arguments(line)) == 0, line
@@ -121,6 +133,7 @@ def test_commands_that_predict_and_export_and_draw(runs, capsys):
         "mine.safetensors",
         "vit.pth",
         "delta.png",
+        "submission.csv",
     ):
         assert (runs.parent / name).is_file()
     execute("weights-and-export.md")
@@ -232,7 +245,8 @@ def test_every_training_command_gets_as_far_as_the_first_step(runs):
         flags = arguments(line.replace("/path/to", "path/to"))
         if parse(flags).weights in ("imagenet1k", "in21k"):
             flags += "--weights none --image-size 32 --amp off".split()
-        assert train.main([*flags, *SMALL]) == 0, line
+        enough = ["--limit", "10"] if "--folds" in flags else []  # two of each class
+        assert train.main([*flags, *SMALL, *enough]) == 0, line
 
 
 def test_python_to_paste():
@@ -249,6 +263,16 @@ def test_python_that_trains_and_predicts(tmp_path, monkeypatch):
     names = execute("training.md", [(old, f"{old[:-1]}, limit=20, epochs=1)")])
     assert names["file"] == "photo.jpg" and not names["bad"]
     assert names["info"]["classes"][0] == "zero"
+
+
+def test_python_that_makes_a_table_of_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for label, name in enumerate(("cat", "dog")):
+        for i in range(2):
+            write_image(tmp_path / "photos" / "train" / f"{name}.{i}.jpg", label, i)
+    execute("data.md")
+    dataset = data.load("csv", "photos")
+    assert dataset.classes == ["cat", "dog"] and len(dataset.train) == 2
 
 
 def test_python_for_any_model(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def contents(folder):
         row.pop("time", None)
         for key in ("images_per_second", "train/throughput"):
             row.pop(key, None)
-    for key in ("out", "resume", "save_minutes", "workers"):
+    for key in ("out", "resume", "save_minutes", "max_hours", "workers"):
         del last["config"][key]
     generator = torch.Generator()
     generator.set_state(
@@ -102,6 +102,33 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings, tmp_path, stop_after, monke
     train.train(Config(out=tmp_path / "run", resume=True, **settings))
     assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
     assert_clean(tmp_path)
+
+
+def test_the_clock_stops_a_run_with_status_0_and_it_goes_on_bit_for_bit(
+    tmp_path, stop_after, capsys
+):
+    """After the first step, as that much less than a second has passed by then."""
+    whole = train.train(Config(out=tmp_path / "unbroken", max_hours=1, **QUICK))
+    assert "stopped" not in whole
+    config = {"out": tmp_path / "run", "resume": True, **QUICK}
+    for step in (1, 2):
+        result = train.train(Config(max_hours=1e-9, **config))
+        line = f"stopped by --max-hours 1e-09 after step {step}; last.pt is at step {step}; resume with"
+        assert result["stopped"].startswith(line) and result["val_accuracy"] is None
+        assert capsys.readouterr().out.endswith(result["stopped"] + "\n")
+        assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    stop_after(6)  # in the second epoch
+    with pytest.raises(Stopped):
+        train.train(Config(**config))
+    stop_after(10_000)
+    result = train.train(Config(max_hours=1e-9, **config))
+    assert result["stopped"].startswith("stopped by --max-hours 1e-09 after step 9")
+    assert result["val_accuracy"] > 0 and result["run_dir"] == str(tmp_path / "run")
+    flags = "--limit 48 --epochs 2 --batch-size 8 --workers 0 --resume --out".split()
+    assert train.main([*flags, str(tmp_path / "run"), "--max-hours", "1e-9"]) == 0
+    assert "after step 10; last.pt is at step 10;" in capsys.readouterr().out
+    assert train.train(Config(**config))["val_accuracy"] == whole["val_accuracy"]
+    assert_same(contents(tmp_path / "unbroken"), contents(tmp_path / "run"))
 
 
 def test_events_that_one_second_sees_broken_off_and_gone_on_with(tmp_path, stop_after, monkeypatch):

@@ -94,7 +94,7 @@ def test_equal_names_of_two_classes_keep_their_ids(tmp_path):
     assert names == ["crane n01", "crane n02", "goldfish", "n04"]
 
 
-@pytest.mark.parametrize("below", [".", "kaggle/datasets/someone/tiny-imagenet"])
+@pytest.mark.parametrize("below", [".", "input/datasets/someone/tiny-imagenet/1/2"])
 def test_data_is_found_below_the_given_folder(tiny, tmp_path, below, capsys):
     place = tmp_path / below / "tiny-imagenet-200"
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -148,11 +148,11 @@ def test_limit_is_stratified_and_the_list_of_classes_stays_whole(tiny):
 
 
 def test_a_user_s_own_folder_is_split_within_each_class(tmp_path):
-    splits, classes = data.folder(str(pets(tmp_path)))
-    assert classes == ["cat", "dög 2"]
-    for part, count in (("train", 8), ("val", 2)):
-        assert np.bincount(splits[part].labels).tolist() == [count] * 2
-    assert not set(splits["train"].files) & set(splits["val"].files)
+    dataset = data.load("folder", str(pets(tmp_path)))
+    assert dataset.classes == ["cat", "dög 2"]
+    for split, count in ((dataset.train, 8), (dataset.val, 2)):
+        assert np.bincount(split.labels).tolist() == [count] * 2
+    assert not set(dataset.train.files) & set(dataset.val.files)
 
 
 def test_a_folder_with_train_and_val_is_not_split_again(tmp_path):
@@ -167,7 +167,7 @@ def test_unusable_folders_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="for each class, found none"):
         data.load("folder", str(tmp_path))
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"found photos; did you mean --data-dir .*photos"):
+    with pytest.raises(ValueError, match=r"photos: expected a folder .* found cat; see README, or"):
         data.load("folder", str(tmp_path))
     shutil.rmtree(tmp_path / "photos")
     pets(tmp_path, ("train", "val"))
@@ -441,9 +441,48 @@ def test_train_and_test_folders_without_val(tmp_path):
 
 
 def test_folders_named_as_splits_are_not_classes(tmp_path):
-    pets(tmp_path, ("training", "testing"))
-    with pytest.raises(ValueError, match="found testing and training; see README"):
+    for name in ("training", "testing"):
+        write_image(tmp_path / name / "1.jpg", 0, 0)
+    with pytest.raises(
+        ValueError, match="found testing and training; see README, or --dataset csv"
+    ):
         data.load("folder", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("Training", "Testing"),  # brain tumours
+        ("seg_train/seg_train", "seg_test/seg_test"),  # Intel's scenes
+        ("archive/photos/train/train", "archive/photos/test"),
+    ],
+)
+def test_folders_around_folders_and_other_names_of_splits(train, test, tmp_path, capsys):
+    pets(tmp_path, (train, test))
+    write_image(tmp_path / "seg_pred" / "seg_pred" / "1.jpg", 0, 0)
+    if train.startswith("archive"):
+        shutil.rmtree(tmp_path / "seg_pred")
+    dataset = data.load("folder", str(tmp_path))
+    assert [len(s) for s in (dataset.train, dataset.val, dataset.test)] == [16, 4, 20]
+    assert dataset.classes == ["cat", "dög 2"]
+    assert all(f"/{train}/" in file for file in dataset.train.files + dataset.val.files)
+    assert all(f"/{test}/" in file for file in dataset.test.files)
+
+
+@pytest.mark.parametrize("place", ["test", "test/test", "test/unknown"])
+def test_test_images_without_classes_are_left_out_and_named(place, tmp_path, capsys):
+    pets(tmp_path, ("train",))
+    write_image(tmp_path / place / "1.jpg", 0, 0)
+    assert data.load("folder", str(tmp_path)).test is None
+    assert "test: its images have no labels, and are left out" in capsys.readouterr().out
+
+
+def test_a_class_is_no_split_and_no_wrapping(tmp_path):
+    pets(tmp_path / "a", classes=("bus", "freight_train/2020", "car"))
+    assert data.load("folder", str(tmp_path / "a")).classes == ["bus", "car", "freight_train"]
+    pets(tmp_path / "b", ("train",))
+    write_image(tmp_path / "b" / "val" / "cat" / "2020" / "1.jpg", 0, 0)  # a class, not a wrapping
+    assert len(data.load("folder", str(tmp_path / "b")).val) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")

@@ -128,7 +128,11 @@ def test_an_image_that_is_missing_is_named_and_its_row_stays(photos, capsys):
             "0.safetensors test --submission sample.csv",
             "expected ids of the images",
         ),
-        ("id\nx\n", "0.safetensors test --submission sample.csv", "expected a header and rows"),
+        (
+            "id\nx\n",
+            "0.safetensors test --submission sample.csv",
+            "expected columns of ids and of answers",
+        ),
         (
             "id,a,b\nx,0,0\n",
             "0.safetensors test --submission sample.csv",

@@ -70,6 +70,18 @@ def test_processes_that_are_stopped_go_on_bit_for_bit(tmp_path, torchrun):
 
 
 @pytest.mark.slow
+def test_the_clock_of_any_process_stops_all_with_status_0(tmp_path, torchrun):
+    flags = [*FLAGS, "--out", "run", "--max-hours", "1"]
+    script = in_step(tmp_path, 1, 3, "arguments[0].started -= 3600")
+    status, said, error = torchrun(*flags, script=script)
+    assert status == 0, error
+    assert "stopped by --max-hours 1 after step 3; last.pt is at step 3; resume with" in said
+    status, said, error = torchrun(*flags, "--resume")
+    assert status == 0, error
+    assert "resumes after step 3 of 8" in said and "Test Accuracy" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ["ValueError", "KeyError"])
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_error_in_one_process_ends_both_with_its_message(who, error, tmp_path, torchrun):
