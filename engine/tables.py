@@ -162,14 +162,14 @@ def labelled(
     )
     once = Counter(twice)
     for names, what in (
-        (missing, "rows have no image and are left out"),
-        (unlabelled, "rows have no label and are left out"),
-        ([name for name in once if once[name] > 1], "images have the same row more than once"),
-        ([image for i, image in enumerate(images) if i not in taken], "images have no label"),
+        (missing, "rows without an image, left out"),
+        (unlabelled, "rows without a label, left out"),
+        ([name for name in once if once[name] > 1], "images with the same row more than once"),
+        ([image for i, image in enumerate(images) if i not in taken], "images without a label"),
     ):
         if names:
             listed = ", ".join(names[:3])
-            print(f"{path}: {len(names):,} {what}: {listed}{' ...' if names[3:] else ''}")
+            print(f"{path}: {what}: {len(names):,} ({listed}{' ...' if names[3:] else ''})")
     order = sorted(taken)
     return order, np.array([taken[i] for i in order], np.int64), classes
 

@@ -35,7 +35,7 @@ import predict
 import spectra
 import train
 import vit
-from engine import checkpoint, weights
+from engine import checkpoint, config_sdxl, weights
 from engine.adapt import ADAPT, ADAPTERS, adapt
 from engine.config import FREE, RECIPES, Config, flag, parse
 
@@ -89,7 +89,7 @@ def runs(tmp_path, monkeypatch):
 def test_each_command_has_its_test():
     """pip's lines: .ci/run takes the second, and test_train runs what the first does. test_notebooks has
     engine.notebooks."""
-    scripts = "train predict export spectra compare minimal".split()
+    scripts = "train train_sdxl predict export spectra compare minimal".split()
     tested = ("pip install", "torchrun", "tensorboard", "python -m engine.notebooks")
     tested += (*(f"python {name}.py" for name in scripts),)
     for line in SHELL:
@@ -105,7 +105,7 @@ def test_each_block_of_code_is_of_a_kind_that_is_run():
         assert set(fences[::2]) <= {"sh", "python", ""} and set(fences[1::2]) <= {""}, name
         assert "`sh" not in text.replace("\n```sh\n", ""), name
     pages = {name for name, blocks in CODE.items() if blocks}
-    pages -= {"other-tools.md"}  # whose code tests/test_kohya.py runs
+    pages -= {"other-tools.md", "text-to-image.md"}  # of test_kohya.py and test_sdxl.py
     assert pages == {
         "README.md",
         "data.md",
@@ -358,7 +358,8 @@ def test_every_flag_that_a_page_names_is_taken():
         known |= set(
             re.findall(r"""add(?:_argument)?\(\s*"(--[a-z-]+)\"""", path.read_text("utf-8"))
         )
-    known |= {"--help", "--logdir"}  # argparse's, TensorBoard's
+    known |= {flag(name) for name in config_sdxl.Config.__dataclass_fields__}
+    known |= {"--help", "--logdir", "--no-cache", "--no-flip"}  # argparse's, TensorBoard's
     known |= {f"--{name}" for name in "nproc_per_node nnodes rdzv_backend rdzv_endpoint".split()}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", ALL))
     assert len(named) > 30 and named <= known, named - known

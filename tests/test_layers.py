@@ -321,3 +321,18 @@ def test_factorization():
 def test_lokr_at_full_size_is_as_small_as_it_should_be():
     layer = LoKrLinear(nn.Linear(768, 3072), rank=8)
     assert sum(p.numel() for p in layer.parameters(recurse=False)) == 1920
+
+
+@every_form
+def test_torch_compile_takes_a_layer_whole(form):
+    """Without a break in the graph, and with the same numbers; aot_eager needs no compiler of C++."""
+    layer = make(form)
+    x = torch.randn(4, 5, IN, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters(recurse=False)]
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    results = [
+        torch.autograd.grad(forward(x).square().sum(), inputs) for forward in (layer, compiled)
+    ]
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-12, atol=1e-12)

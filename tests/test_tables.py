@@ -186,7 +186,7 @@ def test_the_tables_of_competitions(name, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"images by {image}, labels by {label}: 20 images" in out
     others = len(COMPETITIONS[name]["others"])
-    assert f"{others} images have no label: {COMPETITIONS[name]['others'][0]}" in out
+    assert f"images without a label: {others} ({COMPETITIONS[name]['others'][0]}" in out
 
 
 def test_a_table_s_split_is_stratified_by_the_names_alone(tmp_path):
@@ -254,10 +254,10 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     assert found(data.load("csv", root), tmp_path) == WANTED
     out = capsys.readouterr().out
     for line in (
-        "1 rows have no image and are left out: gone",
-        "1 rows have no label and are left out: d",
-        "1 images have the same row more than once: b",
-        "2 images have no label: images/e.jpg, more/f.jpg",
+        "rows without an image, left out: 1 (gone)",
+        "rows without a label, left out: 1 (d)",
+        "images with the same row more than once: 1 (b)",
+        "images without a label: 2 (images/e.jpg, more/f.jpg)",
     ):
         assert f"{line}\n" in out
 
