@@ -1,5 +1,6 @@
 """The notebooks: what notebooks.py writes, run from start to finish in an empty folder, without network."""
 
+import ast
 import base64
 import io
 import json
@@ -9,15 +10,19 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT
 from nbclient import NotebookClient
 from PIL import Image
-from trees import food101, pets, tiny_imagenet
+from torchvision import models
+from trees import food101, pets, tiny_imagenet, write_image
 
 from engine import notebooks
+from engine.config import Config, check
 
 CHOICE = "config, _, _ = begin(Config(**settings))"  # in the cell that decides what trains
-TRAINING = "Config(**settings, out=run"  # in the cell that does
+TRAINING = "run = train(config.adapter)"  # in the cell that does
+SUBMISSION = "--submission {sample}"
 AFTERWARDS = """
 import json
 import time
@@ -27,11 +32,11 @@ from tensorboard import manager
 
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 late, runs = time.monotonic() + 200, []
-while not {"demo-lora", "demo-lokr"} <= set(runs) and time.monotonic() < late:  # it may still read
+while not {"digits-lora", "digits-lokr"} <= set(runs) and time.monotonic() < late:  # it may still read
     time.sleep(1)
     for server in manager.get_all():  # it ends with the kernel
         runs = json.load(opener.open(f"http://127.0.0.1:{server.port}/data/runs", timeout=100))
-print(json.dumps([n, [module.__file__ for module in (train, vit, predict)], runs]))
+print(json.dumps([[module.__file__ for module in (vit, data, pictures)], runs]))
 """
 
 
@@ -65,6 +70,7 @@ def execute(tmp_path, monkeypatch):
         where = {"metadata": {"path": str(tmp_path / folder)}}
         limits = {"timeout": 600, "startup_timeout": 300}
         NotebookClient(notebook, resources=where, kernel_name="python3", **limits).execute()
+        nbformat.write(notebook, tmp_path / f"{folder}.ipynb")
         return tmp_path / folder, notebook.cells
 
     return run
@@ -82,11 +88,20 @@ def said(cells, stream="stdout") -> str:
 
 def pictures(cells) -> list[Image.Image]:
     data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
-    coded = [d["image/png"] for d in data if "image/png" in d]
+    coded = [d[kind] for d in data for kind in ("image/png", "image/jpeg") if kind in d]
     return [Image.open(io.BytesIO(base64.b64decode(png))) for png in coded]
 
 
-@pytest.mark.parametrize("name", ["kaggle", "paste"])
+def kept(folder, tmp_path) -> list[str]:
+    """The files that a session leaves, of which Kaggle keeps about the first 500. The executed notebook can
+    be saved there, too."""
+    assert (tmp_path / f"{folder.name}.ipynb").stat().st_size < 1_000_000
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert len(files) < 50
+    return files
+
+
+@pytest.mark.parametrize("name", ["kaggle", "paste", "minimal"])
 def test_notebooks_py_writes_what_is_committed(name, tmp_path):
     notebooks.main(tmp_path)
     written, committed = tmp_path / f"{name}.ipynb", ROOT / f"{name}.ipynb"
@@ -96,6 +111,15 @@ def test_notebooks_py_writes_what_is_committed(name, tmp_path):
     notebook = nbformat.read(committed, as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+
+
+def test_settings_that_the_page_and_the_notebook_show_are_flags():
+    texts = [(ROOT / name).read_text("utf-8") for name in ("docs/kaggle.md", "kaggle.ipynb")]
+    shown = [re.findall(r"SETTINGS = (\{.*?\})", text.replace('\\"', '"')) for text in texts]
+    assert [len(found) for found in shown] == [9, 5]
+    for settings in (ast.literal_eval(text) for found in shown for text in found):
+        check(Config(**{"recipe": "tiny-imagenet-lora"} | settings))
+        assert not {"out", "resume"} & set(settings)
 
 
 def test_paste_holds_two_files_and_nothing_else_of_the_project():
@@ -128,56 +152,137 @@ def test_paste_runs_from_start_to_finish(execute):
     assert not list(folder.iterdir()), "nothing is left behind"
 
 
+def test_minimal_is_three_files_and_where_the_images_are():
+    cells = [cell.source for cell in nbformat.read(ROOT / "minimal.ipynb", as_version=4).cells]
+    names = ("lora.py", "attention.py", "minimal.py")
+    lora, attention, minimal = ((ROOT / name).read_text("utf-8").strip("\n") for name in names)
+    assert cells[1:3] == [lora, attention] and len(cells) == 4
+    pairs = zip(cells[3].splitlines(), minimal.splitlines(), strict=True)
+    ((new, old),) = [pair for pair in pairs if pair[0] != pair[1]]
+    assert old.startswith("DATA = None ")
+    assert re.match(r'DATA = "/kaggle/input/[\w/-]+"  # a folder with train/<class>/', new)
+
+
+@pytest.mark.slow
+def test_minimal_trains_vit_b_16_on_class_folders(execute, tmp_path):
+    """From the pretrained weights' file, though its weights are random; for one epoch."""
+    images = pets(tmp_path / "pets" / "train", images=6)
+    checkpoints = tmp_path / "TORCH_HOME" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.save(models.vit_b_16().state_dict(), checkpoints / "vit_b_16-c867db91.pth")
+    change = {
+        '"/kaggle/input/tiny-imagenet/tiny-imagenet-200"': repr(str(images.parent)),
+        "SEED, EPOCHS, BATCH": "SEED, _, BATCH",
+        "ASSETS = ": "EPOCHS = 1\nASSETS = ",
+    }
+    folder, cells = execute("minimal", change=change)
+    text = said(cells)
+    assert "every tenth training image validates" in text
+    assert re.search(r"of 86,\d+,\d+ parameters train", text) and "step 1 of 1: loss" in text
+    assert re.search(r"\nValidation Accuracy: [\d.]+%\n$", text)
+    assert [path.name for path in folder.iterdir()] == ["runs"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo's torchrun is for Unix")
-def test_kaggle_runs_from_start_to_finish_with_nothing_attached(execute):
+def test_kaggle_runs_from_start_to_finish_with_nothing_attached(execute, tmp_path):
     """All of it, torchrun with two processes and TensorBoard's server included."""
     folder, cells = execute("kaggle", more=AFTERWARDS)
-    code = folder / "vit-adapters"
-    assert {path.name for path in folder.iterdir()} == {code.name}
+    names = kept(folder, tmp_path)
+    assert names[0] == "adapters/digits-lokr/adapter.safetensors" and len(names) == 16
+    assert {name.split("/")[0] for name in names} == {"adapters"}
+    code = tmp_path / "TMPDIR" / "vit-adapters"
     for name in (*notebooks.MODULES, *notebooks.PACKED):
         assert (code / f"{name}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
-    processes, modules, runs = json.loads(said(cells[-1:]))
-    assert processes == 2
-    assert modules == [str(code / f"{name}.py") for name in ("train", "vit", "predict")]
-    assert {"demo-lora", "demo-lokr"} <= set(runs), "TensorBoard's server knows the runs"
+    modules, runs = json.loads(said(cells[-1:]))
+    assert modules == [str(code / f"{name}.py") for name in ("vit", "data", "engine/pictures")]
+    assert set(runs) == {"digits-lora", "digits-lokr"}, "TensorBoard's server knows the runs"
     text = said(cells)
+    assert re.search(
+        r"^Python 3\.\S+, torch \S+, torchvision \S+, \d+ CPU cores\nGPUs: none\n", text, re.M
+    )
+    assert "WITHOUT A GPU only the digits train in minutes." in text and "NO GPU" not in text
     assert "400 images train, 200 validate\n10 classes: eight, five" in text
-    assert "lora: 56,586 of 1,267,722 parameters train (4.46%)\n" in text
-    for adapter, least, most in (("lora: 56,586", 60, 96), ("lokr: 9,738", 68, 92)):
-        found = re.search(rf"{adapter} trained, validation accuracy (\S+)%", text)
+    assert "lora: 28,938 of 645,258 parameters train (4.48%)\n" in text
+    for adapter, least, most in (("lora", 72, 92), ("lokr", 68, 92)):
+        found = re.search(rf"digits-{adapter}: finished, best validation accuracy (\S+)%", text)
         assert least < float(found[1]) < most
-    guesses = re.findall(r"digits/val/(\w+)/\d+\.png: (\w+) [\d.]+%\n", text)
+    guesses = re.findall(r"digits/val/(\w+)/\d+\.png: (\w+) [\d.]+%", text)
     assert len(guesses) == 8 and sum(true == guess for true, guess in guesses) >= 5
     assert [picture.width > 500 for picture in pictures(cells)] == [True] * 3
-    parallel = next(cell for cell in cells if "torch.distributed.run" in cell.source)
+    parallel = next(cell for cell in cells if "launch(2, " in cell.source)
     assert "epoch 1/1" in said([parallel]) and "Validation Accuracy" in said([parallel])
 
 
 @pytest.mark.slow
 def test_kaggle_takes_tiny_imagenet_and_goes_on_with_an_earlier_run(execute, tmp_path):
+    """The first session ends after a step, by HOURS; the second one, in which the weights are at another
+    place, ends the run; and the third one has nothing left to do."""
     tiny_imagenet(tmp_path / "input" / "tinyimagenet" / "tiny-imagenet-200", classes=4)
     small = {"weights": "none", "image_size": 32, "limit": 8, "batch_size": 4, "epochs": 1}
     change = {
         'INPUT = "/kaggle/input"': f"INPUT = {str(tmp_path / 'input')!r}",
         "SETTINGS = {}": f"SETTINGS = {small | {'workers': 0, 'amp': 'off'}}",
     }
-    folder, cells = execute("kaggle", up_to=TRAINING, change=change)
+    hours = {"HOURS = 11.0": "HOURS = 0.0"}
+    folder, cells = execute("kaggle", up_to="Other adapters", change=change | hours)
     text = said(cells)
+    assert f"attached: {tmp_path / 'input' / 'tinyimagenet'}\n" in text
     assert "8 images train, 4 validate\n4 classes: thing 0" in text
+    assert "NO GPU: on a CPU this takes about 0.0 hours" in text
     lora = 12 * (4 * 4 * (768 + 768) + 2 * 4 * (768 + 3072)) + 768 * 4 + 4
     assert text.count(f"lora: {lora:,} of ") == 2, "told before the run, and by it"
-    named = "tiny-imagenet-lora-lora-image_size-32-limit-8-batch_size-4-epochs-1-amp-off"
-    config = json.loads((folder / "vit-adapters" / "runs" / named / "config.json").read_text())
+    assert "stopped by --max-hours 0.0001 after step 1; last.pt is at step 1; resume with" in text
+    assert "predictions.png: comes at the end of training" in text
+    named = "tiny-imagenet-lora-image_size-32-limit-8-batch_size-4-epochs-1-amp-off"
+    config = json.loads((folder / "adapters" / named / "config.json").read_text())
     assert config["dataset"] == "tiny-imagenet" and config["head_dropout"] == 0.1
-    folder.rename(tmp_path / "input" / "an earlier session")
-    folder, cells = execute("kaggle", up_to=TRAINING, change=change, folder="later")
-    assert "finished already" in said(cells[-1:])
+    for session, expected in (
+        ("second", "resumes after step 1 of 2"),
+        ("third", "finished already"),
+    ):
+        folder.rename(tmp_path / "input" / f"before the {session}")
+        folder, cells = execute("kaggle", up_to=TRAINING, change=change, folder=session)
+        assert expected in said(cells[-1:])
 
 
-@pytest.mark.parametrize("case", ["food41", "weights", "own"])
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo's torchrun is for Unix")
+def test_kaggle_takes_a_competition_and_writes_its_submission(execute, tmp_path):
+    """As with two GPUs, by torchrun."""
+    root = tmp_path / "input" / "competitions" / "leaves"
+    labels = {f"{i}.jpg": ("good", "bad")[i % 2] for i in range(20)}
+    for i, name in enumerate(labels):
+        write_image(root / "train_images" / name, i % 2, i, (160, 120))
+        write_image(root / "test_images" / f"t{i}.jpg", i % 2, 100 + i, (160, 120))
+    rows = [f"{name},{label}" for name, label in labels.items()]
+    (root / "train.csv").write_text("\n".join(["image_id,label", *rows]))
+    rows = [f"t{i}.jpg,good" for i in range(20)]
+    (root / "sample_submission.csv").write_text("\n".join(["image_id,label", *rows]))
+    small = {"weights": "none", "image_size": 32, "batch_size": 8, "epochs": 4}
+    change = {
+        'INPUT = "/kaggle/input"': f"INPUT = {str(tmp_path / 'input')!r}",
+        "SETTINGS = {}": f"SETTINGS = {small | {'workers': 0, 'amp': 'off'}}",
+        "HOURS = 11.0": "HOURS, gpus = 11.0, 2",
+    }
+    folder, cells = execute("kaggle", up_to=SUBMISSION, change=change)
+    names = kept(folder, tmp_path)
+    assert names[0].startswith("adapters/leaves-lora-image") and names[-1] == "submission.csv"
+    assert len(names) == 9, "nothing but the run and the submission"
+    training = said([cell for cell in cells if TRAINING in cell.source])
+    assert "16 images" in training and training.count("epoch 4/4: train loss") == 1, (
+        "two processes, one talks"
+    )
+    answers = (folder / "submission.csv").read_text().splitlines()
+    assert answers[0] == "image_id,label" and len(answers) == 21
+    right = [line.split(",")[1] == ("good", "bad")[i % 2] for i, line in enumerate(answers[1:])]
+    assert sum(right) >= 15
+
+
+@pytest.mark.parametrize("case", ["food41", "weights", "own", "csv"])
 def test_kaggle_takes_what_is_attached_or_set(case, execute, tmp_path):
-    """Food-101; Tiny-ImageNet, with torchvision's weights beside it; or images that SETTINGS names."""
+    """Food-101; Tiny-ImageNet, with torchvision's weights beside it; or images that SETTINGS names, in class
+    folders or with a table."""
     root = tmp_path / "input" / "datasets" / "somebody"
     change = {'INPUT = "/kaggle/input"': f"INPUT = {str(tmp_path / 'input')!r}"}
     if case == "food41":
@@ -189,9 +294,10 @@ def test_kaggle_takes_what_is_attached_or_set(case, execute, tmp_path):
         expected["weights"] = str(root / "vit_b_16-c867db91.pth")
         Path(expected["weights"]).touch()
     else:
-        expected = {"recipe": "tiny-imagenet-lora", "dataset": "folder"}
+        expected = {"dataset": "folder" if case == "own" else "csv"}
         expected["data_dir"] = str(pets(tmp_path / "pets"))
         change["SETTINGS = {}"] = f"SETTINGS = {expected}"
+        expected = {"recipe": "tiny-imagenet-lora", **expected}
     _, cells = execute("kaggle", up_to=CHOICE, change=change)
     expected["cache_dir"] = str(tmp_path / "TMPDIR" / "cache")
     assert said(cells[-1:]).splitlines()[-1] == str(expected)
