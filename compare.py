@@ -328,7 +328,12 @@ def read(argv: list[str]) -> tuple:
     options.methods = listed("methods", options, str, choices, lambda method: method in NEAR)
     if not options.ranks or not options.methods:
         raise ValueError("--ranks, --methods: expected at least one")
-    return options, parse([*passed, "--out", options.out]), passed
+    config = parse([*passed, "--out", options.out])
+    if config.max_hours:
+        raise ValueError(
+            "--max-hours: not for compare.py; stop it when you like, the same command resumes"
+        )
+    return options, config, passed
 
 
 def listed(name: str, options, kind: type, expected: str, allowed: Callable) -> list:

@@ -73,7 +73,7 @@ def load(
     download: download missing data into data_dir (or ./data); only for food101 and cifar100.
     holdout: fraction of the training images, after classes and limit, to validate on. The data set's own
         validation images then become its test split, unless it has one.
-    folds, fold: as holdout, but with part number `fold`, from 0 on, of `folds` equal parts.
+    folds, fold: as holdout, but with part number `fold`, from 0 on, of `folds` parts.
     labels, image_column, label_column: the table of csv, and its columns, where their names are not usual.
 
     Raises FileNotFoundError if the data is missing, ValueError if the data or an argument is wrong.
@@ -86,7 +86,7 @@ def load(
         raise ValueError(
             f"--download: not possible for {name}; expected one of {', '.join(DOWNLOADS)}"
         )
-    if (folds is not None or fold) and not 0 <= fold < (folds or 0) > 1:
+    if (folds is not None and folds < 2) or not 0 <= fold < (folds or 1):
         raise ValueError(f"--fold {fold} --folds {folds}: expected folds >= 2, fold in 0..folds-1")
     if folds and holdout:
         raise ValueError(f"--folds {folds} and --holdout {holdout}: expected only one of them")
@@ -126,7 +126,8 @@ def load(
         if folds:
             ranks = hash_ranks(keys, train.labels)
             alone = np.bincount(train.labels)[train.labels] == 1  # a class's only image trains
-            held_out = (ranks % folds == fold) & ~alone
+            # By class, so that small classes do not all fill the first parts.
+            held_out = ((ranks + train.labels) % folds == fold) & ~alone
             train_rows, val_rows = np.flatnonzero(~held_out), np.flatnonzero(held_out)
         else:
             train_rows, val_rows = stratified(keys, train.labels, [1 - holdout])
@@ -135,7 +136,8 @@ def load(
         splits |= {"train": train.rows(train_rows), "val": train.rows(val_rows)}
     for key, split in splits.items():
         if not len(split):
-            hint = "check --classes" if wanted else "a class needs two images to be split"
+            hint = "a class needs two images to be split"
+            hint = "check --classes" if wanted else "use fewer --folds" if folds else hint
             raise ValueError(f"{name}: the {key} split has no images; {hint}")
     return Dataset(names, **splits)
 
@@ -292,9 +294,8 @@ def tiny_imagenet(data_dir: str | None, official: bool = False):
         "unzip it in ./data or name its folder with --data-dir (on Kaggle: Add Input, Tiny ImageNet)",
     )
     ids = sorted((root / "wnids.txt").read_text(encoding="utf-8").split())
-    files, labels = list_classes(root / "train", ids)
-    parts = stratified(relative(files), labels, [0.8, 0.1])
-    everything = Split(labels, files)
+    everything = list_classes(root / "train", ids)
+    parts = stratified(relative(everything.files), everything.labels, [0.8, 0.1])
     splits = dict(zip(("train", "val", "test"), map(everything.rows, parts), strict=True))
     if official:
         lines = (root / "val" / "val_annotations.txt").read_text(encoding="utf-8").splitlines()
@@ -418,20 +419,19 @@ def imagenet(data_dir: str | None):
         "folder with --data-dir (on Kaggle: Add Input, ImageNet Object Localization Challenge)",
     )
     ids = [path.name for path in subfolders(root / "train")]
-    files, labels = list_classes(root / "train", ids)
+    splits = {"train": list_classes(root / "train", ids)}
     if subfolders(root / "val"):
-        val_files, val_labels = list_classes(root / "val", ids, may_lack=True)
+        splits["val"] = list_classes(root / "val", ids, may_lack=True)
     else:
         solution = kaggle_list(root, "LOC_val_solution.csv")
         with open(solution, newline="") as file:
             rows = [
                 (row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)
             ]
-        val_files = [str(root / "val" / f"{image}.JPEG") for image, _ in rows]
         number = {wnid: label for label, wnid in enumerate(ids)}
-        val_labels = np.array([number[wnid] for _, wnid in rows])
-    names = imagenet_names(root, ids)
-    return {"train": Split(labels, files), "val": Split(val_labels, val_files)}, names
+        files = [str(root / "val" / f"{image}.JPEG") for image, _ in rows]
+        splits["val"] = Split(np.array([number[wnid] for _, wnid in rows]), files)
+    return splits, imagenet_names(root, ids)
 
 
 def kaggle_list(root: Path, name: str) -> Path:
@@ -472,25 +472,32 @@ def folder(data_dir: str | None):
         )
     root = unwrapped(root)
     inside = parts_in(root)
-    top = unwrapped(inside["train"]) if "train" in inside else root
+    top = unwrapped(inside["train"]) if inside else root
     classes = [path.name for path in subfolders(top)]
     named = {name for names in PARTS.values() for name in names}
-    if len(classes) < 2 or (top == root and {name.lower() for name in classes} <= named):
+    if len(classes) < 2 or (not inside and {name.lower() for name in classes} <= named):
         found = " and ".join(classes) or "none"
         raise ValueError(
-            f"{top}: expected a folder of images for each class, found {found}; see README, or "
-            "--dataset csv if a table has the labels"
+            f"{top}: expected a folder of images for each class, two or more, found {found}; see "
+            "docs/data.md, or say --dataset csv if a table has the labels"
         )
     if wrong := next((name for name in classes if not is_text(name)), None):
         raise ValueError(f"{top}: expected names in UTF-8, found {os.fsencode(wrong)}; rename it")
-    splits = {"train": Split(*reversed(list_classes(top, classes)))}
+    others = [path.name for path in subfolders(root) if inside and path not in inside.values()]
+    others += [name for name in os.listdir(top) if name.lower().endswith(IMG_EXTENSIONS)]
+    if others:
+        shown = ", ".join(others[:3]) + (" ..." if others[3:] else "")
+        print(f"{root}: left out, as they belong to no class: {len(others)} ({shown})")
+    splits = {"train": list_classes(top, classes)}
     for key in ("val", "test"):
-        if key not in inside or top == root:
+        if key not in inside:
             continue
         place = unwrapped(inside[key], classes)
         names = [path.name for path in subfolders(place)]
-        if key == "test" and not set(names) & set(classes):
-            print(f"{place}: its images have no labels, and are left out; predict.py names them")
+        if key == "test" and (not names or (len(names) == 1 and names[0] not in classes)):
+            print(
+                f"{place}: left out, as its images have no class folders; predict.py predicts them"
+            )
             continue
         if not names:
             raise ValueError(f"{place}: expected a folder for each class; sort it or remove it")
@@ -498,7 +505,7 @@ def folder(data_dir: str | None):
             raise ValueError(
                 f"{place / unknown[0]}: a class that {top} lacks; add it there or remove it"
             )
-        splits[key] = Split(*reversed(list_classes(place, classes, may_lack=True)))
+        splits[key] = list_classes(place, classes, may_lack=True)
     return splits, classes
 
 
@@ -512,13 +519,14 @@ def parts_in(root: Path) -> dict[str, Path]:
                 exact.setdefault(key, path)
             elif {*re.split(r"[^a-z]+", name)} & {*names}:
                 part.setdefault(key, path)
+    found = part | exact
     # freight_train alone is a class; seg_train beside seg_test is not.
-    found = exact if "train" in exact else part if len(part) > 1 else {}
-    return found if "train" in found and subfolders(found["train"]) else {}
+    sure = "train" in exact or len(found) > 1
+    return found if sure and "train" in found and subfolders(found["train"]) else {}
 
 
 def unwrapped(folder: Path, classes: list[str] | tuple = ()) -> Path:
-    """The folder; if it has nothing but a folder with folders, which is no class, that one, and so on."""
+    """Steps into a folder's only subfolder, as long as that has folders and is no class."""
     while (
         len(inside := subfolders(folder)) == 1
         and inside[0].name not in classes
@@ -545,11 +553,18 @@ def table(
     if not images:
         raise ValueError(f"{root}: expected images ({', '.join(IMG_EXTENSIONS)}), found none")
     tables = [file for file in others if file.lower().endswith((".csv", ".tsv"))]
-    path = labels or choose(tables, TABLES) or (tables[0] if len(tables) == 1 else None)
+    samples = [file for file in tables if os.path.basename(file).lower() in (*SAMPLES, "test.csv")]
+    rest = [file for file in tables if file not in samples]
+    places = [Path(labels), root / labels] if labels else []
+    path = next((place for place in places if place.is_file()), None)
+    if labels and path is None:
+        raise FileNotFoundError(f"--labels {labels}: no such file, here or in {root}")
+    path = path or choose(rest, TABLES) or (rest[0] if len(rest) == 1 else None)
     if path is None:
-        found = ", ".join(tables[:5]) or "none"
+        found = ", ".join(rest[:5]) or "none"
         raise FileNotFoundError(
-            f"{root}: expected {', '.join(TABLES)} or another table, found {found}; name it with --labels"
+            f"{root}: expected train.csv, labels.csv or another table of labels, found {found}; name it with "
+            "--labels"
         )
     within = [image.removeprefix(os.path.join(root, "")) for image in images]
     beside = [str(file) for file in Path(path).parent.glob("*.csv")]
@@ -628,8 +643,8 @@ def subfolders(folder: Path) -> list[Path]:
 UNREAD = (".heic", ".heif", ".avif", ".gif", ".jfif", ".jp2", ".svg")  # left out
 
 
-def list_classes(root: Path, classes: list[str], may_lack: bool = False):
-    """The image files below root/<class>/, sorted, and their labels. may_lack: a class may have none."""
+def list_classes(root: Path, classes: list[str], may_lack: bool = False) -> Split:
+    """The image files below root/<class>/, sorted. may_lack: a class may have none."""
     files, labels, endings = [], [], Counter()
     for label, name in enumerate(classes):
         images, others = images_below(root / name)
@@ -641,19 +656,19 @@ def list_classes(root: Path, classes: list[str], may_lack: bool = False):
         labels += [label] * len(images)
     if unread := {ending: endings[ending] for ending in UNREAD if endings[ending]}:
         print(f"{root}: left out {unread}; save such images as .jpg or .png")
-    return files, np.array(labels, np.int64)
+    return Split(np.array(labels, np.int64), files)
 
 
 def images_below(folder: str | Path) -> tuple[list[str], list[str]]:
-    """(image files, other files) in and below a folder, sorted, without hidden ones."""
-    paths = sorted(
-        os.path.join(path, file)
-        for path, _, files in os.walk(folder)
-        for file in files
-        if not file.startswith(".")
-    )
-    images = [file for file in paths if file.lower().endswith(IMG_EXTENSIONS)]
-    return images, [file for file in paths if not file.lower().endswith(IMG_EXTENSIONS)]
+    """(image files, other files) in and below a folder, sorted, without hidden ones. Links are followed."""
+    paths, seen = [], {os.path.realpath(folder)}
+    for path, folders, files in os.walk(folder, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(path, name)) for name in folders}
+        folders[:] = [n for n in folders if not n.startswith(".") and real[n] not in seen]
+        seen |= {real[name] for name in folders}  # a link may lead back
+        paths += [os.path.join(path, file) for file in files if not file.startswith(".")]
+    images = [file for file in sorted(paths) if file.lower().endswith(IMG_EXTENSIONS)]
+    return images, sorted({*paths} - {*images})
 
 
 def even_rows(labels: np.ndarray, limit: int) -> np.ndarray:

@@ -42,9 +42,9 @@ class Config:
         0.0, "fraction of the training images to validate on, instead of the validation split"
     )
     folds: int | None = option(
-        None, "validate on one of so many equal parts of the training images"
+        None, "split the training images into this many parts, of which one validates"
     )
-    fold: int = option(0, "which part: 0 is the first")
+    fold: int = option(0, "the part that validates: 0 is the first")
     labels: str | None = option(
         None, "csv: the table of labels (default: train.csv, labels.csv, ... below --data-dir)"
     )
@@ -214,7 +214,7 @@ RECIPES = {
 
 # What a resumed run may change: it does not change what is learnt, or it is compared elsewhere (the trunk).
 FREE = (
-    "recipe data_dir labels weights model download recompute device workers cache_dir test out resume "
+    "recipe data_dir weights model download recompute device workers cache_dir test out resume "
     "save_minutes max_hours"
 ).split()
 

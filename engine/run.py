@@ -122,7 +122,7 @@ class Run:
         raise Stopped(number, message)
 
     def late(self) -> bool:
-        """True if --max-hours have passed; all processes agree, which costs torchrun's a sum in each step."""
+        """True if --max-hours have passed. Under torchrun all agree, by one all-reduce in each step."""
         if self.config.max_hours is None:
             return False
         passed = time.monotonic() - self.started >= 3600 * self.config.max_hours

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from engine.pictures import shorten
-from engine.tables import Ends, read
+from engine.tables import Names, read
 
 
 def submission(
@@ -27,12 +27,12 @@ def submission(
     if not found:
         raise ValueError(f"{sample}: no image could be read, so there is nothing to write")
     head, rows = read(sample)
-    if len(head) < 2:
-        raise ValueError(f"{sample}: expected columns of ids and of answers, found {head[0]}")
-    files, ends = [*found], Ends([*found])
+    if len(head) < 2 or not rows:
+        raise ValueError(f"{sample}: expected rows of ids and of answers, found {head}")
+    files, names = [*found], Names([*found])
     fill, missing = filler(sample, head, rows, classes, probabilities), []
     for row in rows:
-        named = [files[i] for i in ends(row[0])]
+        named = [files[i] for i in names(row[0])]
         if len(named) > 1:
             raise ValueError(
                 f"{sample}: {row[0]}: expected one image, found {', '.join(named[:3])}"

@@ -6,47 +6,52 @@ import io
 import os
 import re
 import unicodedata
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 # Usual names, in any case: of tables, of columns of images, and of columns of labels. The first ones win.
 TABLES = "train.csv labels.csv train_labels.csv trainlabels.csv".split()
 SAMPLES = "sample_submission.csv samplesubmission.csv".split()
 IMAGES = (
-    "image_id id image id_code image_name file_name filename name file image_path filepath path"
+    "image_id id image id_code image_name file_name filename name file image_path filepath path img img_path "
+    "imageid filenames filepaths"
 ).split()
 LABELS = "label labels class target category category_id class_name class_id diagnosis".split()
 
 
-class Ends:
-    """Finds paths by what a table calls them: cat/7.jpg is "cat/7.jpg", "cat/7", "7.jpg" and "7".
+class Names:
+    """Finds paths by what a table calls them: cat/7.jpg is "7", "7.jpg", "cat/7" and "/elsewhere/cat/7.jpg".
 
-    Where none is called so, letters may differ in their case, and a number may lack zeros in front, which
-    Excel drops.
+    loose: where no file is called so, letters may differ in their case, and a number may lack zeros in front,
+    which Excel drops.
     """
 
-    def __init__(self, paths: list[str]):
+    def __init__(self, paths: list[str], loose: bool = False):
+        self.parts = [Path(unicodedata.normalize("NFC", path)).parts for path in paths]
         self.exact, self.loose = {}, {}
-        for number, path in enumerate(paths):
-            parts = Path(unicodedata.normalize("NFC", path)).parts
-            for n in range(1, len(parts) + 1):
-                name = "/".join(parts[-n:])
-                for end in {name, os.path.splitext(name)[0]}:
-                    self.exact.setdefault(end, []).append(number)
-                    if (other := loosened(end)) != end:
-                        self.loose.setdefault(other, []).append(number)
+        for number, parts in enumerate(self.parts):
+            for name in {parts[-1], os.path.splitext(parts[-1])[0]}:
+                self.exact.setdefault(name, []).append(number)
+                if loose:
+                    self.loose.setdefault(loosened(name), []).append(number)
 
     def __call__(self, name: str) -> list[int]:
-        """The numbers of the paths that end in this name, or in its own end, if no path has all of it."""
-        name = unicodedata.normalize("NFC", name.replace("\\", "/").removeprefix("./"))
-        while True:
-            other = loosened(name)
-            found = self.exact.get(name) or self.exact.get(other) or self.loose.get(other)
-            if found or "/" not in name:
-                return found or []
-            name = name.split("/", 1)[1]
+        """The numbers of the paths that have this name, and the folders in front of it, as far as they go."""
+        *folders, name = unicodedata.normalize("NFC", name.replace("\\", "/")).split("/")
+        folders = [folder for folder in folders if folder not in ("", ".")]
+        for found in (self.exact.get(name, []), self.loose.get(loosened(name), [])):
+            if same := [number for number in found if agree(folders, self.parts[number][:-1])]:
+                return same
+        return []
+
+
+def agree(a: Sequence[str], b: Sequence[str]) -> bool:
+    """True if the shorter list of folders is the end of the longer one."""
+    n = min(len(a), len(b))
+    return list(a[len(a) - n :]) == list(b[len(b) - n :])
 
 
 def loosened(name: str) -> str:
@@ -54,10 +59,10 @@ def loosened(name: str) -> str:
 
 
 def read(path: str | Path) -> tuple[list[str], list[list[str]]]:
-    """(the names of the columns, the other rows) of a CSV file, each as long; blank rows are left out.
+    """(names of the columns, other rows) of a CSV file; a row has as many cells as there are names.
 
-    Its separator is , ; | or a tab; its text is UTF-8 or UTF-16, with or without a byte order mark.
-    Raises OSError, or ValueError with the line that is wrong.
+    Blank rows are left out. Its separator is , ; | or a tab; its text is UTF-8 or UTF-16, with or without a
+    byte order mark. Raises OSError, or ValueError with the line that is wrong.
     """
     content = Path(path).read_bytes()
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -65,14 +70,16 @@ def read(path: str | Path) -> tuple[list[str], list[list[str]]]:
         text = content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8 ({error}); save it as such") from None
-    separator = max(",;\t|", key=text.split("\n", 1)[0].count)
-    reader, head, rows = csv.reader(io.StringIO(text, ""), delimiter=separator), None, []
+    text = re.sub(r"^sep=.\r?\n", "", text)  # Excel's own first line
+    first = re.sub(r'"[^"]*"', "", text.lstrip().split("\n", 1)[0])
+    separator = max(",;\t|", key=first.count)
+    reader, head, rows = csv.reader(io.StringIO(text, ""), delimiter=separator), [], []
     try:
         for row in reader:
             row = [cell.strip() for cell in row]
             if not any(row):
                 continue
-            if head is None:
+            if not head:
                 head = row
             elif len(row) == len(head):
                 rows.append(row)
@@ -83,20 +90,18 @@ def read(path: str | Path) -> tuple[list[str], list[list[str]]]:
                 )
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}; save the table again") from None
-    if not rows:
-        raise ValueError(f"{path}: expected a row of names and rows below it, found {head or []}")
     return head, rows
 
 
 def choose(files: list[str], usual: list[str]) -> str | None:
     """Of the files with a usual name, the one that lies least deep; of those, the first by name."""
-    ranked = [(path.count(os.sep), usual.index(name), path) for path, name in named(files, usual)]
+    names = [os.path.basename(file).lower() for file in files]
+    ranked = [
+        (file.count(os.sep), usual.index(name), file)
+        for file, name in zip(files, names, strict=True)
+        if name in usual
+    ]
     return min(ranked)[2] if ranked else None
-
-
-def named(files: list[str], usual: list[str]) -> list[tuple[str, str]]:
-    pairs = ((file, os.path.basename(file).lower()) for file in files)
-    return [(file, name) for file, name in pairs if name in usual]
 
 
 def labelled(
@@ -110,68 +115,74 @@ def labelled(
 
     path: the table.
     images: paths of the images, relative to the folder of all.
-    sample: a sample_submission.csv, whose columns after the first have the label's name, or the classes'.
+    sample: a sample_submission.csv, whose later columns are named like the label column, or like the classes.
     image_column, label_column: the names of the columns; several of labels, separated by commas, are one-hot.
     Prints what was taken for what, and what was left out. Raises OSError or ValueError in one line.
     """
     head, rows = read(path)
-    asked = read(sample)[0] if sample else []
-    ends = Ends(images)
-    column = image_column_of(path, head, rows, ends, images, image_column)
-    columns = label_columns_of(path, head, rows, column, label_column, asked)
-    if ends(head[column]):
-        raise ValueError(
-            f"{path}: the first row is the image {head[column]}; add a row above it that names the columns"
-        )
+    if not rows:
+        raise ValueError(f"{path}: expected a row of names and rows below it, found {head}")
+    names = Names(images, loose=True)
+    column = image_column_of(path, head, rows, names, images, image_column)
+    columns = label_columns_of(path, head, rows, column, label_column, sample)
+    check_columns(path, head, rows, column, columns, names)
     if len(columns) == 1:
         texts = [row[columns[0]] for row in rows]
         texts, classes = class_names(path, head[columns[0]], texts)
     else:
         texts = one_hot(path, head, rows, column, columns)
         classes = [head[i] for i in columns]
-    number = {name: label for label, name in enumerate(classes)}
-    taken, missing, unlabelled, twice = {}, [], [], []
-    for row, text in zip(rows, texts, strict=True):
-        name = row[column]
-        if not text:
-            unlabelled.append(name)
-            continue
-        found = ends(name)
-        if len(found) > 1:  # a competition may count its test images from 1 again
-            found = [i for i in found if not in_test(images[i])] or found
-        if len(found) > 1:
-            raise ValueError(
-                f"{path}: {name}: expected one image, found {images[found[0]]} and {images[found[1]]}; "
-                "name the folder of one of them with --data-dir and the table with --labels"
-            )
-        if not found:
-            missing.append(name)
-            continue
-        label = taken.setdefault(found[0], number[text])
-        if label != number[text]:
-            raise ValueError(
-                f"{path}: {name}: expected one label for an image, found {classes[label]} and {text}; "
-                "remove all rows of it but one"
-            )
-        twice.append(name)
+    taken, left_out = match(path, [row[column] for row in rows], texts, classes, images, names)
     if not taken:
         raise ValueError(f"{path}: no row has both an image and a label")
     shown = head[columns[0]] if len(columns) == 1 else f"{len(columns)} columns of 0 and 1"
     print(
         f"{path}: images by {head[column]}, labels by {shown}: {len(taken):,} images, {len(classes)} classes"
     )
-    once = Counter(twice)
-    for names, what in (
-        (missing, "rows without an image, left out"),
-        (unlabelled, "rows without a label, left out"),
-        ([name for name in once if once[name] > 1], "images with the same row more than once"),
-        ([image for i, image in enumerate(images) if i not in taken], "images without a label"),
-    ):
-        if names:
-            listed = ", ".join(names[:3])
-            print(f"{path}: {what}: {len(names):,} ({listed}{' ...' if names[3:] else ''})")
+    seen = {*taken.values()}
+    left_out["images without a label"] = [x for i, x in enumerate(images) if i not in taken]
+    left_out["classes without an image"] = [x for i, x in enumerate(classes) if i not in seen]
+    for what, which in left_out.items():
+        if which:
+            listed = ", ".join(which[:3])
+            print(f"{path}: {what}: {len(which):,} ({listed}{' ...' if which[3:] else ''})")
     order = sorted(taken)
     return order, np.array([taken[i] for i in order], np.int64), classes
+
+
+def match(path, cells, texts, classes, images, names) -> tuple[dict[int, int], dict[str, list]]:
+    """(label of each image's number, names of the rows that are left out, by the reason)."""
+    number = {name: label for label, name in enumerate(classes)}
+    tests = {i for i, image in enumerate(images) if in_test(image)}
+    matches = [names(cell) for cell in cells]
+    if any(tests & {*found} and {*found} - tests for found in matches):
+        # The competition counts its test images from 1 again: none of them is meant.
+        matches = [[i for i in found if i not in tests] for found in matches]
+    taken, missing, unlabelled, again = {}, [], [], []
+    for cell, text, found in zip(cells, texts, matches, strict=True):
+        if not text:
+            unlabelled.append(cell)
+        elif not found:
+            missing.append(cell)
+        elif len(found) > 1:
+            raise ValueError(
+                f"{path}: {cell}: expected one image, found {images[found[0]]} and {images[found[1]]}; write "
+                "folder and extension into the table, or name the folder of one of them with --data-dir"
+            )
+        elif found[0] not in taken:
+            taken[found[0]] = number[text]
+        elif taken[found[0]] == number[text]:
+            again.append(cell)
+        else:
+            raise ValueError(
+                f"{path}: {cell}: expected one label for an image, found {classes[taken[found[0]]]} and "
+                f"{text}; remove all rows of it but one"
+            )
+    return taken, {
+        "rows without an image, left out": missing,
+        "rows without a label, left out": unlabelled,
+        "rows of an image that has one already": again,
+    }
 
 
 def in_test(image: str) -> bool:
@@ -179,48 +190,51 @@ def in_test(image: str) -> bool:
     return any(part.lower().startswith("test") for part in Path(image).parts[:-1])
 
 
-def image_column_of(path, head, rows, ends, images, wanted) -> int:
-    """The column whose cells are names of images: of the usual ones, that which finds the most."""
-    few, lower = rows[:: -(-len(rows) // 1000)], [name.lower() for name in head]
-    usual = [lower.index(name) for name in IMAGES if name in lower]
+def image_column_of(path, head, rows, names, images, wanted) -> int:
+    """The column whose cells are names of images."""
     if wanted is not None:
-        usual = every = [position(path, head, wanted, "--image-column")]
+        columns = [position(path, head, wanted, "--image-column")]
     else:
-        every = range(len(head))
-    for columns in (
-        usual,
-        every,
-    ):  # an age may be an image's number too: the usual names come first
-        hits = {i: sum(bool(ends(row[i])) for row in few) for i in columns}
-        best = max(columns, key=hits.get, default=0)
-        if hits.get(best):
-            return best
-    raise ValueError(
-        f"{path}: no row is an image: a row has {', '.join(few[0]):.80}, and an image is {images[0]}; name "
-        "the column with --image-column, the folder of the images with --data-dir"
-    )
+        columns = range(len(head))
+    few = rows[:: -(-len(rows) // 1000)]
+
+    def fitness(i: int) -> tuple:
+        """A number, as of a row or an age, may be an image's by accident: an extension is a better sign."""
+        found = [row[i] for row in few if names(row[i])]
+        name = head[i].lower()
+        usual = len(IMAGES) - IMAGES.index(name) if name in IMAGES else 0
+        named = any(cell.lower().endswith(IMG_EXTENSIONS) for cell in found)
+        return bool(found), named, usual, name != "", len(found)
+
+    best = max(columns, key=fitness)
+    if not fitness(best)[0]:
+        raise ValueError(
+            f"{path}: no row is an image: a row has {', '.join(few[0]):.80}, and an image is {images[0]}; "
+            "name the column with --image-column, the folder of the images with --data-dir"
+        )
+    return best
 
 
-def label_columns_of(path, head, rows, image, wanted, asked) -> list[int]:
+def label_columns_of(path, head, rows, image, wanted, sample) -> list[int]:
     """The column of labels, or the columns of 0 and 1, one of each class."""
     if wanted is not None:
         names = [wanted] if wanted in head else wanted.split(",")
         return [position(path, head, name.strip(), "--label-column") for name in names]
+    asked = read(sample)[0][1:] if sample else []
     others = [i for i in range(len(head)) if i != image]
-    if asked[1:] and all(name in head for name in asked[1:]):
-        return [head.index(name) for name in asked[1:]]
-    if asked[2:]:  # a column for each class, whose names are the labels
+    if asked and all(name in head for name in asked):
+        return [head.index(name) for name in asked]
+    if len(asked) > 1:  # a column for each class, whose names are the labels
         for i in others:
-            if {row[i] for row in rows} == set(asked[1:]):
+            if {row[i] for row in rows} == set(asked):
                 return [i]
     lower = [name.lower() for name in head]
-    if usual := [
-        lower.index(name) for name in LABELS if name in lower and lower.index(name) != image
-    ]:
+    usual = [lower.index(name) for name in LABELS if name in lower]
+    if usual := [i for i in usual if i != image]:
         return usual[:1]
     if len(others) == 1:
         return others
-    if others and all(is_zero_or_one(row[i]) for row in rows for i in others):
+    if others and all(bit(row[i]) is not None for row in rows for i in others):
         return others
     raise ValueError(
         f"{path}: which column has the labels? Name it with --label-column; there are {', '.join(head):.200}"
@@ -233,21 +247,46 @@ def position(path, head: list[str], name: str, flag: str) -> int:
     return head.index(name)
 
 
-def is_zero_or_one(cell: str) -> bool:
-    return cell in ("0", "1", "0.0", "1.0")
+def check_columns(path, head, rows, image: int, labels: list[int], names: Names) -> None:
+    """Raise ValueError for columns that cannot be meant, and for a table without a row of names."""
+    if image in labels:
+        raise ValueError(
+            f"{path}: {head[image]}: expected another column for labels than for images"
+        )
+    for i in (image, *labels):
+        if head.count(head[i]) > 1:
+            raise ValueError(
+                f"{path}: {head.count(head[i])} columns are called {head[i]}; rename one"
+            )
+        if broken := next((row[i] for row in rows if "\n" in row[i]), None):
+            raise ValueError(
+                f"{path}: {head[i]}: expected no line breaks, found {broken!r:.60}; is a quote not closed?"
+            )
+    if head[image].lower() not in IMAGES and names(head[image]):
+        raise ValueError(
+            f"{path}: the first row is the image {head[image]}; add a row above it that names the columns"
+        )
+
+
+def bit(cell: str) -> int | None:
+    """0 or 1, as pandas writes them; None for anything else. An empty cell is 0."""
+    return {"": 0, "false": 0, "true": 1, "0": 0, "1": 1}.get(re.sub(r"\.0+$", "", cell.lower()))
 
 
 def one_hot(path, head, rows, image, columns) -> list[str]:
-    """For each row the name of the column that has 1."""
+    """For each row the name of the column that has 1; "" where all cells are empty."""
     texts, names = [], ", ".join(head[i] for i in columns)
     for row in rows:
-        ones = [head[i] for i in columns if row[i] in ("1", "1.0")]
-        if len(ones) != 1 or not all(is_zero_or_one(row[i]) for i in columns):
+        bits = [bit(row[i]) for i in columns]
+        if not any(row[i] for i in columns):
+            texts.append("")
+        elif None in bits or sum(bits) != 1:
             raise ValueError(
                 f"{path}: {row[image]}: expected one 1 and else 0 in {names:.80}; found "
                 f"{', '.join(row[i] for i in columns):.80}"
             )
-        texts += ones
+        else:
+            texts.append(head[columns[bits.index(1)]])
     return texts
 
 

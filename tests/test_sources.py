@@ -164,10 +164,10 @@ def test_a_folder_with_train_and_val_is_not_split_again(tmp_path):
 def test_unusable_folders_are_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="--data-dir"):
         data.load("folder", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="for each class, found none"):
+    with pytest.raises(ValueError, match="for each class, two or more, found none"):
         data.load("folder", str(tmp_path))
     (tmp_path / "photos" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"photos: expected a folder .* found cat; see README, or"):
+    with pytest.raises(ValueError, match=r"photos: expected a folder .* found cat; see docs/data"):
         data.load("folder", str(tmp_path))
     shutil.rmtree(tmp_path / "photos")
     pets(tmp_path, ("train", "val"))
@@ -443,9 +443,7 @@ def test_train_and_test_folders_without_val(tmp_path):
 def test_folders_named_as_splits_are_not_classes(tmp_path):
     for name in ("training", "testing"):
         write_image(tmp_path / name / "1.jpg", 0, 0)
-    with pytest.raises(
-        ValueError, match="found testing and training; see README, or --dataset csv"
-    ):
+    with pytest.raises(ValueError, match="found testing and training; see docs"):
         data.load("folder", str(tmp_path))
 
 
@@ -455,6 +453,7 @@ def test_folders_named_as_splits_are_not_classes(tmp_path):
         ("Training", "Testing"),  # brain tumours
         ("seg_train/seg_train", "seg_test/seg_test"),  # Intel's scenes
         ("archive/photos/train/train", "archive/photos/test"),
+        ("train", "test_images"),
     ],
 )
 def test_folders_around_folders_and_other_names_of_splits(train, test, tmp_path, capsys):
@@ -467,6 +466,8 @@ def test_folders_around_folders_and_other_names_of_splits(train, test, tmp_path,
     assert dataset.classes == ["cat", "dög 2"]
     assert all(f"/{train}/" in file for file in dataset.train.files + dataset.val.files)
     assert all(f"/{test}/" in file for file in dataset.test.files)
+    out = capsys.readouterr().out
+    assert ("left out, as they belong to no class: 1 (seg_pred)" in out) == (train[0] != "a")
 
 
 @pytest.mark.parametrize("place", ["test", "test/test", "test/unknown"])
@@ -474,7 +475,7 @@ def test_test_images_without_classes_are_left_out_and_named(place, tmp_path, cap
     pets(tmp_path, ("train",))
     write_image(tmp_path / place / "1.jpg", 0, 0)
     assert data.load("folder", str(tmp_path)).test is None
-    assert "test: its images have no labels, and are left out" in capsys.readouterr().out
+    assert "left out, as its images have no class folders" in capsys.readouterr().out
 
 
 def test_a_class_is_no_split_and_no_wrapping(tmp_path):

@@ -131,7 +131,7 @@ def test_an_image_that_is_missing_is_named_and_its_row_stays(photos, capsys):
         (
             "id\nx\n",
             "0.safetensors test --submission sample.csv",
-            "expected columns of ids and of answers",
+            "expected rows of ids and of answers",
         ),
         (
             "id,a,b\nx,0,0\n",

@@ -145,8 +145,9 @@ COMPETITIONS = {
 }
 
 
-def write_table(path: Path, rows: list[list[str]], **how) -> None:
-    with open(path, "w", newline="", encoding=how.pop("encoding", "utf-8")) as file:
+def write_table(path: Path, rows: list[list[str]], above="", encoding="utf-8", **how) -> None:
+    with open(path, "w", newline="", encoding=encoding) as file:
+        file.write(above)
         csv.writer(file, **how).writerows(rows)
 
 
@@ -187,6 +188,7 @@ def test_the_tables_of_competitions(name, tmp_path, capsys):
     assert f"images by {image}, labels by {label}: 20 images" in out
     others = len(COMPETITIONS[name]["others"])
     assert f"images without a label: {others} ({COMPETITIONS[name]['others'][0]}" in out
+    assert "classes without" not in out
 
 
 def test_a_table_s_split_is_stratified_by_the_names_alone(tmp_path):
@@ -221,6 +223,8 @@ WANTED = {"images/a.jpg": "x", "images/b.jpg": "y", "images/c.jpg": "x", "images
         {"delimiter": ";"},
         {"delimiter": "|"},
         {"quoting": csv.QUOTE_ALL, "lineterminator": "\n"},
+        {"above": "sep=;\n", "delimiter": ";"},
+        {"above": "\n\n", "delimiter": ";"},
     ],
     ids=lambda how: " ".join(map(str, how.values())).strip(),
 )
@@ -247,8 +251,52 @@ def test_what_rows_call_an_image(names, cells, tmp_path):
     assert found(data.load("csv", root), tmp_path) == wanted
 
 
+def test_a_row_gets_no_other_image(tmp_path, capsys):
+    """Neither a test image of the same number nor one of another class's folder."""
+    root = small(tmp_path, [["image", "label"], *([f"{i}", "xy"[i % 2]] for i in range(1, 6))], "")
+    for i in range(1, 5):
+        write_image(tmp_path / "train" / f"{i}.jpg", 0, i, (16, 12))
+    for i in range(1, 6):
+        write_image(tmp_path / "test" / f"{i}.jpg", 0, i, (16, 12))
+    assert sorted(found(data.load("csv", root), tmp_path)) == [
+        f"train/{i}.jpg" for i in range(1, 5)
+    ]
+    assert "rows without an image, left out: 1 (5)" in capsys.readouterr().out
+    rows = [[f"train/{i}.jpg", "xy"[i % 2]] for i in range(1, 6)]
+    write_table(tmp_path / "train.csv", [["image", "label"], *rows])
+    assert sorted(found(data.load("csv", root), tmp_path)) == [
+        f"train/{i}.jpg" for i in range(1, 5)
+    ]
+
+
+@pytest.mark.parametrize("head", [["id", "image"], ["", "photo"], ["age", "Photo"]])
+def test_the_number_of_a_row_is_not_its_image(head, tmp_path):
+    """Though there is an image of that number."""
+    order, names = [3, 1, 0, 2, 4], "01234"
+    rows = [[f"{i}", f"{n}.jpg", "xy"[n % 2]] for i, n in enumerate(order)]
+    root = small(tmp_path, [[*head, "label"], *rows], names)
+    wanted = {f"images/{n}.jpg": "xy"[n % 2] for n in range(5)}
+    assert found(data.load("csv", root), tmp_path) == wanted
+
+
+def test_columns_of_true_and_false_and_empty_rows(tmp_path, capsys):
+    rows = [["a", "True", "False"], ["b", "False", "True"], ["c", "1.00", ""], ["d", "0", "1"]]
+    root = small(tmp_path, [["image", "x", "y"], *rows, ["e", "", ""]], "abcde")
+    assert found(data.load("csv", root), tmp_path) == WANTED
+    assert "rows without a label, left out: 1 (e)" in capsys.readouterr().out
+
+
+def test_hidden_files_and_linked_folders(tmp_path):
+    root = small(tmp_path / "data", GOOD)
+    os.rename(tmp_path / "data" / "images", tmp_path / "elsewhere")
+    (tmp_path / "data" / "images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "data")
+    write_image(tmp_path / "data" / ".thumbs" / "a.jpg", 0, 0, (16, 12))
+    assert found(data.load("csv", root), tmp_path / "data") == WANTED
+
+
 def test_what_is_left_out_is_named(tmp_path, capsys):
-    rows = [*GOOD, ["gone", "x"], ["b", "y"], ["d", ""], [" ", ""]]
+    rows = [*GOOD, ["gone", "z"], ["b", "y"], ["d", ""], [" ", ""], ["c.jpg", "x"]]
     root = small(tmp_path, rows, "abcde")
     write_image(tmp_path / "more" / "f.jpg", 0, 0, (16, 12))
     assert found(data.load("csv", root), tmp_path) == WANTED
@@ -256,7 +304,8 @@ def test_what_is_left_out_is_named(tmp_path, capsys):
     for line in (
         "rows without an image, left out: 1 (gone)",
         "rows without a label, left out: 1 (d)",
-        "images with the same row more than once: 1 (b)",
+        "rows of an image that has one already: 2 (b, c.jpg)",
+        "classes without an image: 1 (z)",
         "images without a label: 2 (images/e.jpg, more/f.jpg)",
     ):
         assert f"{line}\n" in out
@@ -325,6 +374,21 @@ WRONG = {
         {},
         "label: expected classes, found fractions as 0.5",
     ),
+    "same column": (
+        GOOD,
+        {"label_column": "image"},
+        "expected another column for labels than for images",
+    ),
+    "two columns": (
+        [["image", "label", "label"], *([*row, "x"] for row in GOOD[1:])],
+        {},
+        "2 columns are called label; rename one",
+    ),
+    "open quote": (
+        [*GOOD[:3], ["c", "x\nd,y"]],
+        {},
+        r"label: expected no line breaks, found .*is a quote not closed",
+    ),
     "two ones": (ONE_HOT, {}, "b: expected one 1 and else 0 in x, y; found 1, 1"),
     "columns": (
         [["image", "x", "y"], ["a", "1", "7"], ["b", "k", "8"]],
@@ -342,7 +406,8 @@ WRONG = {
         "--image-column id: .*has the columns image, label",
     ),
     "empty": ([GOOD[0]], {}, "expected a row of names and rows below it"),
-    "table": (GOOD, {"labels": "nowhere.csv"}, "nowhere.csv"),
+    "table": (GOOD, {"labels": "nowhere.csv"}, "--labels nowhere.csv: no such file, here or in "),
+    "few": (GOOD, {"folds": 5, "fold": 4}, "the val split has no images; use fewer --folds"),
     "folds": (
         GOOD,
         {"folds": 2, "fold": 2},
@@ -372,6 +437,9 @@ def test_tables_that_cannot_be_told_apart(tmp_path):
     os.remove(tmp_path / "again" / "a.jpg")
     os.rename(tmp_path / "train.csv", tmp_path / "mine.csv")  # the only table, under any name
     assert found(data.load("csv", root), tmp_path) == WANTED
+    (tmp_path / "sample_submission.csv").write_text("image,label\n")
+    assert found(data.load("csv", root), tmp_path) == WANTED
+    assert found(data.load("csv", root, labels="mine.csv"), tmp_path) == WANTED
     (tmp_path / "yours.csv").write_text("image,label\n")
     with pytest.raises(
         FileNotFoundError, match=r"found .*mine.csv, .*yours.csv; name it with --labels"
@@ -397,11 +465,13 @@ def test_folds_share_the_images_among_them(tmp_path):
         assert dataset.test is None
         counts = np.bincount(dataset.val.labels)
         assert counts.max() - counts.min() <= 1
+    sizes = [*map(len, vals)]
+    assert max(sizes) - min(sizes) <= 2, "small classes do not all fill the first parts"
 
 
 def test_folds_of_a_data_set_with_its_own_validation():
     folds = [data.load("demo", folds=3, fold=k) for k in range(3)]
-    assert [len(dataset.val) for dataset in folds] == [1340, 1330, 1330]
+    assert [len(dataset.val) for dataset in folds] == [1334, 1333, 1333]
     images = [{image.tobytes() for image in dataset.val.pixels} for dataset in folds]
     assert len(set.union(*images)) == 4000
     assert np.array_equal(folds[0].test.pixels, data.load("demo").test.pixels)
