@@ -30,7 +30,8 @@ class Names:
     """
 
     def __init__(self, paths: list[str], loose: bool = False):
-        self.parts = [Path(unicodedata.normalize("NFC", path)).parts for path in paths]
+        paths = [unicodedata.normalize("NFC", path.replace(os.sep, "/")) for path in paths]
+        self.parts = [path.split("/") for path in paths]
         self.exact, self.loose = {}, {}
         for number, parts in enumerate(self.parts):
             for name in {parts[-1], os.path.splitext(parts[-1])[0]}:
@@ -187,7 +188,7 @@ def match(path, cells, texts, classes, images, names) -> tuple[dict[int, int], d
 
 def in_test(image: str) -> bool:
     """True if a folder around the image is called test, testing, test_images ..."""
-    return any(part.lower().startswith("test") for part in Path(image).parts[:-1])
+    return any(part.lower().startswith("test") for part in image.split(os.sep)[:-1])
 
 
 def image_column_of(path, head, rows, names, images, wanted) -> int:
