@@ -1,10 +1,19 @@
 """The architecture and file layout of Stable Diffusion XL, at toy size with random weights."""
 
+import csv
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS, WIDTH = 100, 32
 
@@ -47,6 +56,68 @@ def toy_sdxl(folder: Path) -> Path:
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     DDPMScheduler(**betas).save_pretrained(folder / "scheduler")
     return folder
+
+
+def toy_pipeline(folder: Path, **scheduler) -> Path:
+    """toy_sdxl with a VAE (a latent is two pixels wide) and tokenizers, which know letters: a whole pipeline.
+
+    scheduler: other values of its configuration.
+    """
+    toy_sdxl(folder)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=0.13025,
+    )
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["<|startoftext|>", "<|endoftext|>", "!", *letters, *(f"{a}</w>" for a in letters)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    first, second = (
+        CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad, model_max_length=77)
+        for pad in ("<|endoftext|>", "!")
+    )
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    models = {name: kind.from_pretrained(folder / name) for name, kind in kinds.items()}
+    steps = DDPMScheduler.from_pretrained(folder / "scheduler")
+    StableDiffusionXLPipeline(
+        vae=vae,
+        unet=UNet2DConditionModel.from_pretrained(folder / "unet"),
+        tokenizer=first,
+        tokenizer_2=second,
+        scheduler=DDPMScheduler.from_config(steps.config, **scheduler),
+        **models,
+    ).save_pretrained(folder)
+    return folder
+
+
+SIZES = [(40, 30), (30, 40), (64, 64), (20, 60), (100, 50), (33, 47), (24, 24), (61, 31), (47, 40)]
+TEXTS = ["some cat", "a red bird", 'the "old",\u2028house\nby the sea']
+
+
+def write_pictures(folder: Path, form: str = "jsonl", count: int = len(SIZES)) -> list[str]:
+    """Write pictures of noise, of (width, height) SIZES, with captions as metadata.jsonl, .csv or .txt."""
+    folder.mkdir(exist_ok=True)
+    random, rows = np.random.default_rng(0), []
+    for i, (width, height) in enumerate(SIZES[:count]):
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append({"file_name": f"{i}.png", "text": TEXTS[i % 3]})
+    if form == "jsonl":
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (folder / "metadata.jsonl").write_text(lines, "utf-8")
+    elif form == "csv":
+        with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["text", "file_name"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        for i, row in enumerate(rows):
+            (folder / f"{i}.txt").write_text(row["text"], "utf-8")
+    return [row["file_name"] for row in rows]
 
 
 def predicted_noise(unet, text_encoder, second, noisy, steps, tokens) -> torch.Tensor:

@@ -25,7 +25,7 @@ STANDARD = set(sys.stdlib_module_names)
 FRONT = {path.stem: path for path in ROOT.glob("*.py")}
 ENGINE = {f"engine.{path.stem}": path for path in (ROOT / "engine").glob("*.py")}
 OURS = FRONT | ENGINE
-COMMANDS = {"train", "minimal", "predict", "export", "compare", "spectra"}
+COMMANDS = {"train", "train_sdxl", "minimal", "predict", "export", "compare", "spectra"}
 
 
 def trees():
@@ -95,7 +95,9 @@ def test_leaves_import_nothing_of_the_project(name):
     [
         ("engine.config", {"engine.adapt", "lora", "loha", "lokr"}),
         ("engine.images", {"engine.files"}),
-        ("data", {"engine.images", "engine.files"}),
+        ("engine.text_to_image", {"engine.images", "engine.files"}),
+        ("engine.config_sdxl", {"engine.config", "engine.adapt", "lora", "loha", "lokr"}),
+        ("data", {"engine.images", "engine.files", "engine.tables"}),
         ("engine.devices", set()),
         ("minimal", {"lora", "attention"}),
     ],
