@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, wait_until
 from sdxl import toy_pipeline, write_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_resume import assert_same
 
 import train_sdxl
 from engine import checkpoint
@@ -58,22 +59,6 @@ def contents(folder):
         "files": [read_tensors(folder / name) for name in names],
         "pictures": {file.name: file.read_bytes() for file in pictures},
     }
-
-
-def assert_same(a, b, where=""):
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(flags, tmp_path, monkeypatch, capsys):
