@@ -245,26 +245,47 @@ def can_fuse(layer) -> bool:
 
 
 def fused(product, linear: nn.Linear, x: torch.Tensor, *factors) -> torch.Tensor:
-    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in."""
+    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in.
+
+    Rows and b come in that type, W in its own, so that W + delta W is rounded once.
+    """
     device, rows = x.device.type, x.reshape(-1, x.shape[-1])
     W, bias = linear.weight, linear.bias
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        rows, W, bias = (t if t is None else t.to(dtype) for t in (rows, W, bias))
+        rows, bias = (t if t is None else t.to(dtype) for t in (rows, bias))
     with torch.autocast(device, enabled=False):
-        y = product(rows, W, bias, *factors)
+        y, _ = product(rows, W, bias, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
-    # BLAS is faster with z on the right if z has 16 columns or more, else on the left (two cores of an AMD
-    # EPYC).
-    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
+    # In float32, BLAS is faster with z on the right if z has 16 columns or more (two cores of an AMD EPYC).
+    return (x.T @ z).T if z.shape[1] >= 16 and z.element_size() >= 4 else z.T @ x
+
+
+def kept(M, W) -> torch.Tensor:
+    """M, what x is multiplied by, if it is in half precision and W is not: autocast keeps such a copy too.
+    Else nothing: backward makes M again."""
+    return M.new_empty(0) if M.dtype == W.dtype else M
+
+
+def save(ctx, M, *tensors) -> None:
+    """Keep M, which kept has returned, and the tensors for backward."""
+    ctx.mark_non_differentiable(M)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(M, *tensors)
+
+
+def usable(M) -> bool:
+    """False if nothing was kept, or if the gradient is to be differentiated: M has no history."""
+    return M.numel() > 0 and not torch.is_grad_enabled()
 
 
 class LoHaProduct(torch.autograd.Function):
-    """x (W + delta W)^T + b for rows x (N, in), with its own backward, which keeps x alone.
+    """x (W + delta W)^T + b for rows x (N, in), with its own backward, which keeps x alone (and what kept
+    returns).
 
     There are two forms; loha_forms picks the cheaper one for each layer and number of rows.
     Whole: delta W is built and added to W, and x is multiplied once. That takes 2 * rank multiplications for
@@ -284,42 +305,42 @@ class LoHaProduct(torch.autograd.Function):
     def forward(x, W, bias, W1a, W1b, W2a, W2b):
         if loha_forms(x, W, W1b)[0] == "thin":
             A, B = khatri_rao(W1b, W2b, x.dtype), khatri_rao(W1a.T, W2a.T, x.dtype)
-            return F.linear(x, W, bias).addmm_(F.linear(x, A), B)
-        delta = (W1a @ W1b).mul_(W2a @ W2b).to(x.dtype)
-        if is_half(x):
-            return F.linear(x, W, bias).addmm_(x, delta.T)
-        return F.linear(x, delta.add_(W), bias)
+            M = W.to(x.dtype)
+            return F.linear(x, M, bias).addmm_(F.linear(x, A), B), kept(M, W)
+        M = (W1a @ W1b).mul_(W2a @ W2b).add_(W).to(x.dtype)
+        return F.linear(x, M, bias), kept(M, W)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, outputs):
         x, W, _, *factors = inputs
-        ctx.save_for_backward(x, W, *factors)
+        save(ctx, outputs[1], x, W, *factors)
 
     @staticmethod
-    def backward(ctx, g):
-        x, W, *factors = ctx.saved_tensors
+    def backward(ctx, g, _):
+        if g is None:  # as gradcheck tries it
+            return (None,) * 7
+        M, x, W, *factors = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            gx, gradients = loha_backward(g, x, W, *factors, ctx.needs_input_grad[0])
+            gx, gradients = loha_backward(g, x, W, M, *factors, ctx.needs_input_grad[0])
             gW = g.T @ x if ctx.needs_input_grad[1] else None
             return gx, gW, g.sum(0) if ctx.needs_input_grad[2] else None, *gradients
 
 
-def loha_backward(g, x, W, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
+def loha_backward(g, x, W, M, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
     """The gradient of x (None unless of_x) and of the four factors, from g (N, out)."""
     form, gradients_form = loha_forms(x, W, W1b)
-    needed = {form, gradients_form} if of_x else {gradients_form}
-    if "thin" in needed:
+    build = of_x and not usable(M)
+    if (of_x and form == "thin") or gradients_form == "thin":
         A, B = khatri_rao(W1b, W2b, x.dtype), khatri_rao(W1a.T, W2a.T, x.dtype)
         v = F.linear(g, B)  # (N, rank^2)
-    if "whole" in needed:
+    if (build and form == "whole") or gradients_form == "whole":
         D1, D2 = W1a @ W1b, W2a @ W2b  # delta W = D1 * D2
-    gx = None
+    if build:
+        M = ((D1 * D2).add_(W) if form == "whole" else W).to(x.dtype)
+    gx = g @ M if of_x else None
+    del M  # as large as W: what follows can use its memory
     if of_x and form == "thin":
-        gx = (g @ W).addmm_(v, A)
-    elif of_x:
-        delta = (D1 * D2).to(x.dtype)
-        gx = (g @ W).addmm_(g, delta) if is_half(x) else g @ delta.add_(W)
-        del delta  # as large as W: what follows can use its memory
+        gx.addmm_(v, A)
     if gradients_form == "thin":
         gW1b, gW2b = khatri_rao_backward(factor_gradient(v, x), W1b, W2b)
         gW1a, gW2a = khatri_rao_backward(factor_gradient(F.linear(x, A), g), W1a.T, W2a.T)
@@ -343,14 +364,9 @@ def khatri_rao_backward(g, first, second) -> tuple[torch.Tensor, torch.Tensor]:
     return (g * second).sum(1), (g * first[:, None]).sum(0)
 
 
-def is_half(x: torch.Tensor) -> bool:
-    """True for float16 and bfloat16, where W + delta W would lose the update: the two stay apart."""
-    return torch.finfo(x.dtype).bits < 32
-
-
-# One memory access takes as long as this many multiplications of a large matrix product (on two cores of
-# an AMD EPYC).
-TOUCH = 16
+# One memory access takes as long as TOUCH multiplications of a large matrix product. In half precision such a
+# product is faster, and all else, in float32, counts HALF times as much (on two cores of an AMD EPYC).
+TOUCH, HALF = 16, 4
 
 
 def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int = TOUCH) -> tuple:
@@ -360,14 +376,16 @@ def loha_costs(N: int, n_out: int, n_in: int, rank: int, half: bool, touch: int 
     half: whether x is in half precision. touch: how many multiplications one memory access counts as; 0
     leaves memory out. Work that both pairs share is counted twice.
     """
-    whole = n_out * n_in * (2 * rank + 4 * touch + N * half)  # D1, D2, their product, the sum
-    thin = N * (n_out + n_in) * (rank**2 + touch)
+    slow = HALF if half else 1
+    whole = n_out * n_in * (2 * rank + 4 * touch) * slow  # D1, D2, their product, the sum
+    thin = N * (n_out + n_in) * (rank**2 + touch * slow)
     # G; D1, D2 and their gradients; the factors' gradients
-    whole_gradients = n_out * n_in * (N + 6 * rank + 8 * touch)
+    whole_gradients = n_out * n_in * (N + (6 * rank + 8 * touch) * slow)
     return (whole, thin), (whole_gradients, 2 * thin)
 
 
 def loha_forms(x, W, W1b) -> list[str]:
     """The cheaper form, "whole" or "thin", for the forward and for the factors' gradients."""
-    costs = loha_costs(len(x), *W.shape, len(W1b), is_half(x))
+    half = torch.finfo(x.dtype).bits < 32
+    costs = loha_costs(len(x), *W.shape, len(W1b), half)
     return ["whole" if whole <= thin else "thin" for whole, thin in costs]

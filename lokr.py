@@ -295,22 +295,42 @@ def can_fuse(layer) -> bool:
 
 
 def fused(product, linear: nn.Linear, x: torch.Tensor, *factors) -> torch.Tensor:
-    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in."""
+    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in.
+
+    Rows and b come in that type, W in its own, so that W + delta W is rounded once.
+    """
     device, rows = x.device.type, x.reshape(-1, x.shape[-1])
     W, bias = linear.weight, linear.bias
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        rows, W, bias = (t if t is None else t.to(dtype) for t in (rows, W, bias))
+        rows, bias = (t if t is None else t.to(dtype) for t in (rows, bias))
     with torch.autocast(device, enabled=False):
-        y = product(rows, W, bias, *factors)
+        y, _ = product(rows, W, bias, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
-    # BLAS is faster with z on the right if z has 16 columns or more, else on the left (two cores of an AMD
-    # EPYC).
-    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
+    # In float32, BLAS is faster with z on the right if z has 16 columns or more (two cores of an AMD EPYC).
+    return (x.T @ z).T if z.shape[1] >= 16 and z.element_size() >= 4 else z.T @ x
+
+
+def kept(M, W) -> torch.Tensor:
+    """M, what x is multiplied by, if it is in half precision and W is not: autocast keeps such a copy too.
+    Else nothing: backward makes M again."""
+    return M.new_empty(0) if M.dtype == W.dtype else M
+
+
+def save(ctx, M, *tensors) -> None:
+    """Keep M, which kept has returned, and the tensors for backward."""
+    ctx.mark_non_differentiable(M)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(M, *tensors)
+
+
+def usable(M) -> bool:
+    """False if nothing was kept, or if the gradient is to be differentiated: M has no history."""
+    return M.numel() > 0 and not torch.is_grad_enabled()
 
 
 def w2_factors(layer) -> tuple[torch.Tensor | None, torch.Tensor]:
@@ -321,7 +341,8 @@ def w2_factors(layer) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 
 class LoKrProduct(torch.autograd.Function):
-    """x (W + kron(W1, W2))^T + b for rows x (N, in), with its own backward, which keeps x alone.
+    """x (W + kron(W1, W2))^T + b for rows x (N, in), with its own backward, which keeps x alone (and what
+    kept returns).
 
     There are two forms; lokr_form picks the cheaper one for each layer and number of rows.
     Apart: kron(W1, W2) vec(X) = vec(W1 X W2^T) for a row x as a matrix X (in_m, in_n), where vec reads row by
@@ -339,40 +360,46 @@ class LoKrProduct(torch.autograd.Function):
     @staticmethod
     def forward(x, W, bias, W1, W2a, W2b):
         if lokr_form(x, W, W1, W2b) == "built":
-            return F.linear(x, kron(W1, W2a, W2b).to(x.dtype).add_(W), bias)
+            M = kron(W1, W2a, W2b).add_(W).to(x.dtype)
+            return F.linear(x, M, bias), kept(M, W)
         W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
         N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
         # W1 mixes blocks. With their axis first, W1 @ q is one product of two matrices.
         q = swap(F.linear(x.reshape(N, in_m, in_n), W2b))  # (in_m, N, rank)
         u = (W1 @ q.reshape(in_m, N * rank)).reshape(out_l, N, rank)
         u = swap(u).reshape(N * out_l, rank)
-        y = F.linear(x, W, bias)
+        M = W.to(x.dtype)
+        y = F.linear(x, M, bias)
         blocks = y.reshape(N * out_l, y.shape[1] // out_l)
         blocks = blocks.add_(u) if W2a is None else blocks.addmm_(u, W2a.T)
-        return blocks.reshape(y.shape)
+        return blocks.reshape(y.shape), kept(M, W)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, outputs):
         x, W, _, *factors = inputs
-        ctx.save_for_backward(x, W, *factors)
+        save(ctx, outputs[1], x, W, *factors)
 
     @staticmethod
-    def backward(ctx, g):
-        x, W, *factors = ctx.saved_tensors
+    def backward(ctx, g, _):
+        if g is None:  # as gradcheck tries it
+            return (None,) * 6
+        M, x, W, *factors = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            gx, gradients = lokr_backward(g, x, W, *factors, ctx.needs_input_grad[0])
+            gx, gradients = lokr_backward(g, x, W, M, *factors, ctx.needs_input_grad[0])
             gW = g.T @ x if ctx.needs_input_grad[1] else None
             return gx, gW, g.sum(0) if ctx.needs_input_grad[2] else None, *gradients
 
 
-def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
+def lokr_backward(g, x, W, M, W1, W2a, W2b, of_x: bool) -> tuple:
     """The gradient of x (None unless of_x) and of the three factors, from g (N, out).
 
     p is g W2a and q is x W2b^T, both with the blocks' axis first, as W1 takes them in forward.
     """
-    gx = None
-    if built := lokr_form(x, W, W1, W2b) == "built":
-        gx = g @ kron(W1, W2a, W2b).to(x.dtype).add_(W) if of_x else None
+    built = lokr_form(x, W, W1, W2b) == "built"
+    if of_x and not usable(M):
+        M = (kron(W1, W2a, W2b).add_(W) if built else W).to(x.dtype)
+    gx = g @ M if of_x else None
+    del M  # as large as W: what follows can use its memory
     W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
     N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
     out_k = g.shape[1] // out_l
@@ -390,7 +417,7 @@ def lokr_backward(g, x, W, W1, W2a, W2b, of_x: bool) -> tuple:
     del q  # t can use its memory
     t = swap((W1.T @ p).reshape(in_m, N, rank)).reshape(N * in_m, rank)
     if of_x and not built:
-        gx = (g @ W).reshape(N * in_m, in_n).addmm_(t, W2b).reshape(x.shape)
+        gx = gx.reshape(N * in_m, in_n).addmm_(t, W2b).reshape(x.shape)
     return gx, (gW1, gW2a, factor_gradient(t, X))
 
 
@@ -404,24 +431,28 @@ def kron(W1, W2a, W2b) -> torch.Tensor:
     return torch.kron(W1, W2b if W2a is None else W2a @ W2b)
 
 
-# One memory access takes as long as this many multiplications of a large matrix product (on two cores of
-# an AMD EPYC).
-TOUCH = 16
+# One memory access takes as long as TOUCH multiplications of a large matrix product. In half precision such a
+# product is faster, and all else, in float32, counts HALF times as much (on two cores of an AMD EPYC).
+TOUCH, HALF = 16, 4
 
 
-def lokr_costs(N: int, n_out: int, n_in: int, W1_size: int, rank: int, touch: int = TOUCH) -> tuple:
+def lokr_costs(
+    N: int, n_out: int, n_in: int, W1_size: int, rank: int, half: bool, touch: int = TOUCH
+) -> tuple:
     """Multiplications for N rows as (built, apart), for forward and x's gradient together. Both forms need
     those of the frozen layer and of the factors' gradients too: they are left out.
 
-    rank: W2's inner dimension. touch: how many multiplications one memory access counts as; 0 leaves memory
-    out.
+    rank: W2's inner dimension. half: whether x is in half precision. touch: how many multiplications one
+    memory access counts as; 0 leaves memory out.
     """
-    built = 2 * n_out * n_in * (1 + touch)
-    apart = N * (rank * (2 * n_in + n_out + W1_size) + touch * (2 * n_in + n_out))
+    slow = HALF if half else 1
+    built = 2 * n_out * n_in * (1 + touch) * slow
+    apart = N * (rank * (2 * n_in + n_out + W1_size) + touch * slow * (2 * n_in + n_out))
     return built, apart
 
 
 def lokr_form(x, W, W1, W2b) -> str:
-    """The cheaper form, "built" or "apart"; in half precision "apart", as W + kron would lose the update."""
-    built, apart = lokr_costs(len(x), *W.shape, W1.numel(), len(W2b))
-    return "built" if built <= apart and torch.finfo(x.dtype).bits >= 32 else "apart"
+    """The cheaper form, "built" or "apart"."""
+    half = torch.finfo(x.dtype).bits < 32
+    built, apart = lokr_costs(len(x), *W.shape, W1.numel(), len(W2b), half)
+    return "built" if built <= apart else "apart"

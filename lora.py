@@ -51,7 +51,7 @@ class LoRALinear(nn.Module):
         s = current_scale(self, x)  # self.scale, or 0 if module_dropout leaves out the update
         A, B = self.lora_A, s * self.lora_B
         if can_fuse(self):  # no dropout, no hook, no subclass: the same numbers, faster
-            return fused(lora_product, self.linear, x, A, B)
+            return fused(LoRAProduct.apply, self.linear, x, A, B)
         dropped = F.dropout(x, self.dropout, self.training)  # the frozen layer still gets all of x
         z = F.linear(dropped, A.to(x.dtype))  # (..., in) -> (..., rank)
         return self.linear(x) + F.linear(z, B.to(x.dtype))  # (..., out)
@@ -243,36 +243,54 @@ def can_fuse(layer) -> bool:
 
 
 def fused(product, linear: nn.Linear, x: torch.Tensor, *factors) -> torch.Tensor:
-    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in."""
+    """product(rows of x, W, b, *factors), in the type that linear(x) would be computed in.
+
+    Rows and b come in that type, W in its own, so that W + delta W is rounded once.
+    """
     device, rows = x.device.type, x.reshape(-1, x.shape[-1])
     W, bias = linear.weight, linear.bias
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        rows, W, bias = (t if t is None else t.to(dtype) for t in (rows, W, bias))
+        rows, bias = (t if t is None else t.to(dtype) for t in (rows, bias))
     with torch.autocast(device, enabled=False):
-        y = product(rows, W, bias, *factors)
+        y, _ = product(rows, W, bias, *factors)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """z^T x, (rank, n), for thin z (N, rank) and wide x (N, n)."""
-    # BLAS is faster with z on the right if z has 16 columns or more, else on the left (two cores of an AMD
-    # EPYC).
-    return (x.T @ z).T if z.shape[1] >= 16 else z.T @ x
+    # In float32, BLAS is faster with z on the right if z has 16 columns or more (two cores of an AMD EPYC).
+    return (x.T @ z).T if z.shape[1] >= 16 and z.element_size() >= 4 else z.T @ x
 
 
-def lora_product(x, W, bias, A, B) -> torch.Tensor:
-    """x W^T + b + x A^T B^T for rows x (N, in)."""
-    return LoRAProduct.apply(x, W, bias, A, B)[0]
+def kept(M, W) -> torch.Tensor:
+    """M, what x is multiplied by, if it is in half precision and W is not: autocast keeps such a copy too.
+    Else nothing: backward makes M again."""
+    return M.new_empty(0) if M.dtype == W.dtype else M
+
+
+def save(ctx, M, *tensors) -> None:
+    """Keep M, which kept has returned, and the tensors for backward."""
+    ctx.mark_non_differentiable(M)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(M, *tensors)
+
+
+def usable(M) -> bool:
+    """False if nothing was kept, or if the gradient is to be differentiated: M has no history."""
+    return M.numel() > 0 and not torch.is_grad_enabled()
 
 
 class LoRAProduct(torch.autograd.Function):
-    """x W^T + b + x A^T B^T for rows x (N, in), with its own backward, which keeps x and x A^T.
+    """x W^T + b + x A^T B^T for rows x (N, in), with its own backward, which keeps x alone (and what kept
+    returns).
 
-    x passes through A and then B, so delta W is never built. Beside the frozen layer's in * out
-    multiplications, a row takes rank * (in + out): for rank 8 on 768 x 768, 2 % more in forward and 4 % in
-    backward. Memory access takes time too, so the update is added to y in place, and so it is in x's
-    gradient.
+    There are two forms; lora_form picks the cheaper one for each layer and number of rows.
+    Apart: x passes through A and then B. Beside the frozen layer's in * out multiplications, a row takes
+    rank * (in + out): for rank 8 on 768 x 768, 2 % more. The result is added to y in place.
+    Built: B A is added to W, and x is multiplied once; backward builds it again. With many rows, this is
+    cheaper.
+    The factors' gradients never need a matrix of W's size. The scale is in B.
     """
 
     # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
@@ -280,23 +298,41 @@ class LoRAProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(x, W, bias, A, B):
-        y = F.linear(x, W, bias)
+        if lora_form(x, W) == "built":
+            M = torch.addmm(W.to(A.dtype), B, A).to(x.dtype)
+            return F.linear(x, M, bias), kept(M, W)
+        M = W.to(x.dtype)
         z = F.linear(x, A.to(x.dtype))  # (N, rank)
-        return y.addmm_(z, B.to(x.dtype).T), z
+        return F.linear(x, M, bias).addmm_(z, B.to(x.dtype).T), kept(M, W)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         x, W, _, A, B = inputs
-        ctx.save_for_backward(x, W, A, B, outputs[1])
+        save(ctx, outputs[1], x, W, A, B)
 
     @staticmethod
-    def backward(ctx, gy, gz):  # gz is zero except in a double backward
-        x, W, A, B, z = ctx.saved_tensors
+    def backward(ctx, g, _):
+        if g is None:  # as gradcheck tries it
+            return (None,) * 5
+        M, x, W, A, B = ctx.saved_tensors
         of_x, of_W, of_bias = ctx.needs_input_grad[:3]
-        with torch.autocast(gy.device.type, enabled=False):
-            # gy B. A copy of B in column order makes BLAS up to 1.6 times as fast.
-            gz = F.linear(gy, B.to(x.dtype).T.contiguous()).add_(gz)  # (N, rank)
-            gx = (gy @ W).addmm_(gz, A.to(x.dtype)) if of_x else None
-            gW = gy.T @ x if of_W else None
-            gbias = gy.sum(0) if of_bias else None
-            return gx, gW, gbias, factor_gradient(gz, x), factor_gradient(z, gy).T
+        with torch.autocast(g.device.type, enabled=False):
+            # A copy of B in column order makes BLAS up to 1.6 times as fast.
+            v = F.linear(g, B.to(x.dtype).T.contiguous())  # g B, (N, rank)
+            gx = None
+            if of_x:
+                built = lora_form(x, W) == "built"
+                if not usable(M):
+                    M = (torch.addmm(W.to(A.dtype), B, A) if built else W).to(x.dtype)
+                gx = g @ M if built else (g @ M).addmm_(v, A.to(x.dtype))
+            z = F.linear(x, A.to(x.dtype))
+            gW = g.T @ x if of_W else None
+            gbias = g.sum(0) if of_bias else None
+            return gx, gW, gbias, factor_gradient(v, x), factor_gradient(z, g).T
+
+
+def lora_form(x, W) -> str:
+    """The cheaper form, "built" or "apart", by memory access: B A, W and their sum, or y and x's gradient
+    once more."""
+    n_out, n_in = W.shape
+    return "built" if 2 * n_out * n_in <= len(x) * (n_out + n_in) else "apart"

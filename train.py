@@ -252,7 +252,8 @@ def finish(run: Run, forward: nn.Module) -> dict:
         file = run.folder / checkpoint.ADAPTER_FILE
         raise ValueError(f"{file}: cannot be written; free disk space and {run.how_to_resume()}")
     sizes = {"trainable": run.trainable, "total": run.total}
-    run.result = {**figures, **sizes, "images_per_second": run.meter.images_per_second}
+    measured = {"images_per_second": run.meter.images_per_second, "dtype": str(run.dtype)[6:]}
+    run.result = {**figures, **sizes, **measured}
     run.save()
     print(f"run folder: {run.folder}")
     print(f"Validation Accuracy: {run.best['val_accuracy']:.2%}")

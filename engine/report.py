@@ -28,7 +28,7 @@ from engine.devices import Autocast, out_of_memory, pick_device, pick_dtype
 from engine.files import atomic
 
 COLUMNS = """run method rank dropout lr seed trial final val_accuracy val_loss best_epoch test_accuracy
-    test_loss trainable total adapter_bytes images_per_second kept_bytes""".split()
+    test_loss trainable total adapter_bytes images_per_second kept_bytes dtype""".split()
 
 
 def kept(config: Config, classes: int) -> int | None:
@@ -40,7 +40,7 @@ def kept(config: Config, classes: int) -> int | None:
     arguments = {key: getattr(c, key) for key in ADAPT}
     # No module_dropout: every adapter takes part in this batch.
     adapt(model, dropout=c.adapter_dropout, **arguments)
-    model = Autocast(model.to(device).train(), device, pick_dtype(c, device))
+    model = Autocast(model.to(device).train(), device, pick_dtype(c, device, model.hidden_dim))
     images = torch.randn(c.batch_size, 3, *[preprocessing["image_size"]] * 2, device=device)
     labels = torch.zeros(c.batch_size, dtype=torch.int64, device=device)
     try:
@@ -207,6 +207,7 @@ def conditions(rows: list[dict], config: Config, dataset: data.Dataset, budget: 
         tried[row["method"]] = tried.get(row["method"], 0) + row.get("trial", 0)
     tried = ", ".join(f"{pictures.NAMES[method]} {count}" for method, count in tried.items())
     seeds = sorted({row["seed"] for row in rows if "final" in row})
+    dtypes = sorted({row["dtype"] for row in rows if row.get("dtype")})
     spread = ", mean ± sample standard deviation" if len(seeds) > 1 else ""
     tested = (
         "The test split was evaluated once for each final run, after all learning rates were chosen."
@@ -220,25 +221,24 @@ def conditions(rows: list[dict], config: Config, dataset: data.Dataset, budget: 
         f"`{c.recipe}` and the command. Each run counts with its best epoch by validation accuracy. {budget} "
         f"Learning rates tried: {tried}. {tested} Seeds {', '.join(map(str, seeds))}{spread}. "
         "images/s was measured in the last epoch of training; kept is the memory that autograd keeps for the "
-        f"backward pass of one batch, without parameters. {machine(c)} One trunk, one data set and one recipe"
-        f"{', all of them small' if c.dataset == 'demo' else ''}: the table shows what the methods do here; "
-        "it does not rank them."
+        f"backward pass of one batch, without parameters. {machine(c, dtypes)} One trunk, one data set and "
+        f"one recipe{', all of them small' if c.dataset == 'demo' else ''}: the table shows what the methods "
+        "do here; it does not rank them."
     )
 
 
-def machine(config: Config) -> str:
-    """One sentence with the hardware and the versions."""
+def machine(config: Config, dtypes: list[str]) -> str:
+    """One sentence with the hardware, the types that it computed in, and the versions."""
     device, name = pick_device(config.device), platform.processor() or platform.machine()
     with suppress(OSError):  # only Linux has this file
         match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         name = match[1].strip() if match else name
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, {name}"
-    dtype = str(pick_dtype(config, device))[6:]
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads shared by parallel runs, "
-        f"{device}, {dtype}, Python {platform.python_version()}, torch {torch.__version__}, torchvision "
-        f"{torchvision.__version__}{commit()}."
+        f"{device}, {' and '.join(dtypes)}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"torchvision {torchvision.__version__}{commit()}."
     )
 
 

@@ -51,7 +51,7 @@ def prepare(config: Config) -> Run:
     config, last, source = begin(config)
     check_folder(config)
     device = devices.pick_device(devices.join(config.device))
-    dtype = devices.pick_dtype(config, device)
+    devices.pick_dtype(config, device)  # refuses --amp fp16 on a CPU, before anything is read
     devices.keep_freed_memory(device)
     checkpoint.seed_generators(config.seed)
     c = config
@@ -107,7 +107,7 @@ def prepare(config: Config) -> Run:
         trainable=trainable,
         total=total,
         device=device,
-        dtype=dtype,
+        dtype=devices.pick_dtype(config, device, model.hidden_dim),
         folder=folder,
         lock=lock,
         last=last,

@@ -153,7 +153,8 @@ def test_food101_recipes(adapter, trainable, tmp_path, capsys):
     flags += "" if adapter == "lora" else " --limit 16"
     assert train.main(flags.split()) == 0
     said = capsys.readouterr().out
-    assert f"{adapter}: {trainable:,} of" in said and "images, cpu, float32" in said
+    dtype = "bfloat16" if devices.computes_bfloat16() else "float32"
+    assert f"{adapter}: {trainable:,} of" in said and f"images, cpu, {dtype}\n" in said
     assert (
         f"on {63 if adapter == 'lora' else 16} images" in said
     )  # nine of ten of the seven classes
@@ -334,7 +335,22 @@ def test_auto_is_bf16_where_the_gpu_has_it_and_fp16_where_it_emulates_it(
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert devices.pick_dtype(Config(), torch.device("cuda")) == dtype
-    assert devices.pick_dtype(Config(), torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "amx_bf16", "bf16"])
+def test_auto_is_bf16_on_a_cpu_that_has_it_where_the_trunk_is_wide(name, monkeypatch):
+    cpu, recipe = torch.device("cpu"), Config(recipe="food101-lora")  # which says fp16
+
+    def found(**capabilities):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        widths = (0, 128, 192, 768)
+        return [{devices.pick_dtype(c, cpu, w) for c in (Config(), recipe)} for w in widths]
+
+    narrow, wide = {torch.float32}, {torch.bfloat16}
+    assert found(**{name: True}) == [narrow, narrow, wide, wide]
+    assert found(**{name: False, "avx512_f": True}) == 4 * [narrow]
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch before 2.11
+    assert devices.pick_dtype(Config(), cpu, 768) == torch.float32
 
 
 def test_a_recipe_s_fp16_is_for_gpus_and_a_cpu_refuses_to_be_told(monkeypatch, tmp_path, capsys):
