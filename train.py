@@ -31,7 +31,7 @@ from engine.adapt import relative_norms
 from engine.config import Config, hyperparameters, parse
 from engine.devices import process, processes
 from engine.images import progress
-from engine.run import Run, Stopped
+from engine.run import Run, Stopped, exit_status
 from engine.start import prepare
 
 COLUMNS = {  # TensorBoard's tag: the column of metrics.csv
@@ -326,23 +326,8 @@ def train(config: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status.
-
-    That is 0, after --max-hours too, or 2 for an error (one line on stderr), or 128 + a signal's number.
-    """
-    who = f"train.py, process {process()}" if process() > 0 else "train.py"
-    try:
-        train(parse(argv))
-    except Stopped as stopped:
-        print(f"{who}: {stopped}", file=sys.stderr)
-        return stopped.status
-    except KeyboardInterrupt:
-        print(f"{who}: stopped at once; what was saved before is kept", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"{who}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Train as the command line says; return the exit status, see exit_status."""
+    return exit_status("train.py", lambda: train(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from engine.checkpoint import ADAPTER_FILE
 from engine.config_sdxl import Config, hyperparameters, parse
 from engine.devices import process, processes
 from engine.images import progress
-from engine.run import Run, Stopped
+from engine.run import Run, Stopped, exit_status
 from engine.sdxl import Sampler, save_files
 from engine.start_sdxl import prepare
 from engine.text_to_image import plan
@@ -87,12 +87,14 @@ def fit(run: Run) -> dict:
                     point = {"train/loss": run.meter.loss, "train/lr": lr}
                     run.log.write({**point, "train/throughput": run.meter.images_per_second})
                 run.after_step()  # saves now and then, and stops when asked to
-            if epoch == config.epochs or epoch % config.evaluate_every == 0:
+            evaluated = epoch == config.epochs or epoch % config.evaluate_every == 0
+            if evaluated:
                 show(run, draw, epoch)
-                run.attempt(ADAPTER_FILE, save)
             run.epoch = epoch  # not before: a stop in the evaluation repeats it
             run.meter.start()
-            run.save()
+            run.save()  # first: it refuses tensors that are not finite, and a run that has it can be resumed
+            if evaluated:
+                run.attempt(ADAPTER_FILE, save)
         return finish(run, draw, save)
 
 
@@ -109,14 +111,17 @@ def train_step(run: Run, batches: list, optimizer, scaler) -> torch.Tensor:
 
     Each picture counts alike: the gradient is that of one large batch, for any number of batches and
     processes. What is random depends on the seed, the step and the picture's place in the step alone, so
-    processes that share a batch draw what one would, and a resumed run draws what the whole one did.
+    processes that share a batch draw what one would (but for dropout: each draws the same), and a resumed run
+    draws what the whole one did.
     """
     config, count = run.config, sum(map(len, batches))
     parameters = optimizer.param_groups[0]["params"]
     mean_loss = torch.zeros((), device=run.device)
     seed = (config.seed * 1_000_003 + run.step) % 2**32
     random = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)  # dropout
+    torch.manual_seed(
+        2**32 - 1 - seed
+    )  # dropout; with the same seed, it would repeat the numbers above
     for rows in batches:
         pictures = [run.dataset.train[row] for row in rows]
         flips, drops, times, *noises = numbers(run, pictures, random)
@@ -230,7 +235,9 @@ def show(run: Run, draw: Sampler, epoch: int) -> None:
         run.attempt(str(file), lambda: samples.save_strip(drawn, run.folder / file))
     norms = [norm for norm in relative_norms(run.model).values() if math.isfinite(norm)]
     row = {key.replace("val_", "val/"): value for key, value in figures.items()}
-    run.log.write({**row, "samples": str(file), "weights/relative_update": norms})
+    if norms:
+        row["weights/relative_update"] = norms
+    run.log.write({**row, "samples": str(file)})
     loss = f", train loss {run.meter.mean(run.steps):.4f}" if epoch else ""
     loss += f", held-out loss {figures['val_loss']:.4f}" if figures else ""
     speed = f", {run.meter.images_per_second:,.2f} pictures/s" if epoch else ""
@@ -294,7 +301,7 @@ def train(config: Config) -> dict:
         sizes = {"trainable": run.trainable, "total": run.total, "run_dir": str(run.folder)}
         result = {**run.best, **sizes, "stopped": str(stopped)}
     except (MemoryError, RuntimeError) as error:
-        if advice := devices.memory_advice(config, error):
+        if advice := devices.memory_advice(config, error, alike=""):  # other pictures share a step
             raise ValueError(advice if config.recompute else f"{advice}; or --recompute") from None
         raise
     devices.leave()
@@ -302,23 +309,8 @@ def train(config: Config) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train as the command line says; return the exit status.
-
-    That is 0, after --max-hours too, or 2 for an error (one line on stderr), or 128 + a signal's number.
-    """
-    who = f"train_sdxl.py, process {process()}" if process() > 0 else "train_sdxl.py"
-    try:
-        train(parse(argv))
-    except Stopped as stopped:
-        print(f"{who}: {stopped}", file=sys.stderr)
-        return stopped.status
-    except KeyboardInterrupt:
-        print(f"{who}: stopped at once; what was saved before is kept", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"{who}: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Train as the command line says; return the exit status, see exit_status."""
+    return exit_status("train_sdxl.py", lambda: train(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ JPEGs, with AdamW, the same batch size, number of steps and number of workers. E
 way: train.py decodes at the scale that a crop needs, the Trainer uses torchvision's ImageFolder with
 RandomResizedCrop, flip and Normalize. Evaluation, loading and saving are not measured. Rounds alternate; a
 figure is the median of its rounds. On a CPU, the process keeps freed memory (devices.keep_freed_memory), for
-both.
+both. --amp auto leaves the precision to each: train.py takes bfloat16 where the processor computes it, the
+Trainer float32.
 """
 
 import argparse
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16", "auto"), default="off")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "end_to_end.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -149,9 +149,14 @@ RECIPES = {
 
 # What a resumed run may change: it does not change what is learnt, or it is compared elsewhere (the base).
 FREE = (
-    "recipe base data_dir recompute evaluate_every prompts sample_steps guidance device workers cache "
-    "cache_dir out resume save_minutes max_hours"
+    "recipe base data_dir recompute evaluate_every device workers cache cache_dir out resume save_minutes "
+    "max_hours"
 ).split()
+SHOWN = [
+    "prompts",
+    "sample_steps",
+    "guidance",
+]  # in samples.png, whose pictures have to be comparable
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -196,13 +201,13 @@ def check(config: Config) -> None:
     check_values(config, limits)
     if c.recipe != "demo" and not c.data_dir:
         raise ValueError(
-            f"--recipe {c.recipe}: expected --data-dir as well, a folder of pictures with captions"
+            "expected --data-dir, a folder of pictures with captions: without it, only the demo trains"
         )
 
 
 def hyperparameters(config: Config) -> dict:
     """The settings that change what is learnt."""
-    settings = {key: value for key, value in asdict(config).items() if key not in FREE}
+    settings = {key: value for key, value in asdict(config).items() if key not in [*FREE, *SHOWN]}
     return {key: value for key, value in settings.items() if value is not None} | {
         "base": config.base
     }

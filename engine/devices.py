@@ -132,8 +132,11 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
-def memory_advice(config, error: Exception) -> str | None:
-    """What to try instead, for a run that is out of memory; None for another error."""
+def memory_advice(config, error: Exception, alike: str = ", which learns the same") -> str | None:
+    """What to try instead, for a run that is out of memory; None for another error.
+
+    alike: what is said of smaller batches.
+    """
     reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
     if "DataLoader worker" in str(error):
         return f"{reason}; if memory is short, try --workers 0"
@@ -141,7 +144,7 @@ def memory_advice(config, error: Exception) -> str | None:
         return None
     batch = config.batch_size
     parts = next((n for n in range(2, batch + 1) if batch % n == 0), 1)  # equal parts of a batch
-    smaller = f"--batch-size {batch // parts} --grad-accum {config.grad_accum * parts}, which learns the same"
+    smaller = f"--batch-size {batch // parts} --grad-accum {config.grad_accum * parts}{alike}"
     precision = config.amp not in ("bf16", "fp16")
     advice = [smaller] * (parts > 1) + ["--amp bf16, on older GPUs --amp fp16"] * precision
     advice += [] if advice else ["a smaller --image-size, or fewer --targets"]

@@ -483,6 +483,24 @@ class Stopped(KeyboardInterrupt):
         self.status = 128 + number if number else 0
 
 
+def exit_status(name: str, work: Callable[[], object]) -> int:
+    """Do the work of the script of this name. The status is 0, after --max-hours too, or 2 for an error (one
+    line on stderr), or 128 + a signal's number."""
+    who = f"{name}, process {process()}" if process() > 0 else name
+    try:
+        work()
+    except Stopped as stopped:
+        print(f"{who}: {stopped}", file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        print(f"{who}: stopped at once; what was saved before is kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"{who}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 class Signals:
     """SIGINT (ctrl-C) and SIGTERM are noted in `received`, and obeyed once the step is done: see Run.obey."""
 

@@ -170,8 +170,11 @@ def must_exist(file: Path) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the weights' sizes, beginnings, middles and ends: reading 7 GB would take long."""
+    """A hash of the settings and tokenizers, and of the weights' sizes, beginnings, middles and ends: reading
+    7 GB would take long."""
     digest = hashlib.sha256()
+    for file in sorted(file for end in ("json", "txt") for file in folder.glob(f"**/*.{end}")):
+        digest.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
     for file in sorted(file for part in WEIGHTS for file in (folder / part).glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
@@ -217,6 +220,8 @@ def text_encoders(base: Base, device, dtype) -> Callable[[list[str]], list[dict]
         for name in ("tokenizer", "tokenizer_2")
     ]
 
+    named = set()  # captions that are too long are named once
+
     @torch.no_grad()
     def encode(captions: list[str]) -> list[dict[str, torch.Tensor]]:
         found, long = [], {}
@@ -232,7 +237,8 @@ def text_encoders(base: Base, device, dtype) -> Callable[[list[str]], list[dict]
                 words.append(output.hidden_states[-2])
             pairs = zip(torch.cat(words, -1), output.text_embeds, strict=True)
             found += [{"words": w.cpu().clone(), "pooled": p.cpu().clone()} for w, p in pairs]
-        if long:
+        if long := [caption for caption in long if caption not in named]:
+            named.update(long)
             cut = [f"{caption[:40]!r}" for caption in long]
             print(
                 f"{len(long)} captions are longer than {length} tokens, their ends are cut off: {few(cut)}"
@@ -299,10 +305,12 @@ class Encoded:
     open; items that it lacks are encoded first, so that a run that was killed does not begin again.
     """
 
-    def __init__(self, folder: Path, items: dict[str, object], load: Callable, what: str):
-        """items: by their keys, which say what an item depends on. load: returns the encoder."""
+    def __init__(self, folder: Path, pairs: list[tuple[str, object]], load: Callable, what: str):
+        """pairs: items with their keys, which say what an item depends on; of several items with one key, one
+        is encoded. load: returns the encoder."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.keys = {self.hashable(item): key for key, item in items.items()}
+        self.keys = {self.hashable(item): key for key, item in pairs}
+        items = dict(pairs)
         self.places: dict[str, tuple] = {}  # of a key: how to read its file, its number there
         self.bytes = 0  # of the files
         for file in sorted(folder.glob("*.safetensors")):

@@ -131,14 +131,15 @@ def read_material(config: Config, base: sdxl.Base, device, dtype) -> Material:
     kind = f"{base.fingerprint}-{str(dtype)[6:]}"
     words = sdxl.Encoded(
         root / f"captions-{kind}",
-        {text: text for text in texts},
+        [(text, text) for text in texts],
         lambda: sdxl.text_encoders(base, device, dtype),
         "captions",
     )
-    wanted = [(p, flip) for p in pictures for flip in ((False, True) if c.flip else (False,))]
+    wanted = [(picture, False) for picture in pictures]
+    wanted += [(picture, True) for picture in train if c.flip]
     latents = sdxl.Encoded(
         root / f"pictures-{kind}-{c.image_size}",
-        {picture_key(*pair): pair for pair in wanted},
+        [(picture_key(*pair), pair) for pair in wanted],
         lambda: sdxl.picture_encoder(base, device, dtype, c.workers),
         "pictures",
     )

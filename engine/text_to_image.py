@@ -75,6 +75,9 @@ def read_folder(folder: str | Path, limit: int | None = None) -> list[Picture]:
     metadata = next((root / name for name in METADATA if (root / name).is_file()), None)
     captions = listed(metadata) if metadata else beside(root)
     empty = [name for name, caption in captions if not caption]
+    if metadata:
+        rows = {str(Path(name)) for name, _ in captions}
+        empty += [name for name in map(str, picture_files(root)) if name not in rows]
     names = [name for name, caption in captions if caption][:limit]
     with ThreadPoolExecutor(8) as pool:
         sizes = list(pool.map(size_or_reason, [str(root / name) for name in names]))
@@ -98,10 +101,13 @@ def read_folder(folder: str | Path, limit: int | None = None) -> list[Picture]:
 
 def listed(metadata: Path) -> list[tuple[str, str]]:
     """(file name, caption) of each row of metadata.jsonl or metadata.csv."""
-    text = metadata.read_text(encoding="utf-8-sig")
+    text = read_text(metadata)
     if metadata.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text))
-        rows = [(reader.line_num, row) for row in reader]
+        reader = csv.DictReader(io.StringIO(text), strict=True)  # an open quote would swallow rows
+        try:
+            rows = [(reader.line_num, row) for row in reader]
+        except csv.Error as error:
+            raise ValueError(f"{metadata}: {error}; is a quote open?") from None
     else:
         rows = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     pairs = []
@@ -128,12 +134,25 @@ def listed(metadata: Path) -> list[tuple[str, str]]:
 def beside(root: Path) -> list[tuple[str, str]]:
     """(file name, caption) of each picture below a folder: the caption is in a .txt of the same name."""
     pairs = []
-    for file in sorted(root.rglob("*")):
-        if file.suffix.lower() in SUFFIXES and file.is_file():
-            text = file.with_suffix(".txt")
-            caption = text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
-            pairs.append((str(file.relative_to(root)), caption))
+    for name in picture_files(root):
+        text = (root / name).with_suffix(".txt")
+        pairs.append((str(name), read_text(text).strip() if text.is_file() else ""))
     return pairs
+
+
+def picture_files(root: Path) -> list[Path]:
+    """The pictures below a folder, relative to it."""
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return [file.relative_to(root) for file in files if file.is_file()]
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: expected UTF-8 ({error}); save it anew with that encoding"
+        ) from None
 
 
 def size_or_reason(file: str) -> tuple[int, int] | str:

@@ -586,8 +586,9 @@ def test_the_page_of_weights_says_where_they_come_from():
         assert [model for model, _ in exist] == [*models]
 
 
-def test_figures_of_speed_are_the_bench_s():
-    text = (ROOT / "bench" / "speed.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["speed", "speed_bf16"])
+def test_figures_of_speed_are_the_bench_s(name):
+    text = (ROOT / "bench" / f"{name}.md").read_text(encoding="utf-8")
     parts = [part for part in text.split("\n## ") if part.startswith("all, batch 8, rank ")]
     found = []
     for part in parts:
@@ -602,16 +603,19 @@ def test_figures_of_speed_are_the_bench_s():
     full = [rank["full"][0] for rank in found]
     kept = found[0]["full"][1]
     assert f"| full fine-tuning | {full[0]} | | | {full[1]} | | | {kept} | |" in page
-    assert f"autograd keeps {found[0]['LoKr ours'][1]} times" in " ".join(page.split())
+    if name == "speed":
+        assert f"autograd keeps {found[0]['LoKr ours'][1]} times" in " ".join(page.split())
 
 
 def test_figures_of_whole_runs_and_of_the_input_path_are_the_benches():
-    text = (ROOT / "bench" / "end_to_end.md").read_text(encoding="utf-8")
-    rows = [cells(line) for line in text.splitlines() if re.match(r"\| lo", line)]
     names = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
-    assert [row[0] for row in rows] == [*names]
-    for kind, *figures in rows:
-        assert f"| {names[kind]} | {' | '.join(figures)} |" in TEXTS["speed.md"]
+    precisions = {"": "float32", "_bf16": "bfloat16", "_auto": "as they come"}
+    for end, precision in precisions.items():
+        text = (ROOT / "bench" / f"end_to_end{end}.md").read_text(encoding="utf-8")
+        rows = [cells(line) for line in text.splitlines() if re.match(r"\| lo", line)]
+        assert [row[0] for row in rows] == [*names]
+        for kind, *figures in rows:
+            assert f"| {names[kind]}, {precision} | {' | '.join(figures)} |" in TEXTS["speed.md"]
     text = (ROOT / "bench" / "recompute.md").read_text(encoding="utf-8")
     rows = [cells(line) for line in text.splitlines() if line.startswith("| vit_")]
     assert [row[0] for row in rows] == ["vit_b_16", "vit_l_16"]

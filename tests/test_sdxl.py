@@ -260,6 +260,28 @@ def test_what_is_random_is_drawn_as_the_flags_say(config):
     assert set(train_sdxl.numbers(run, pictures, random)[2].tolist()) == {999}
 
 
+def test_dropout_does_not_repeat_what_else_is_random(config, monkeypatch):
+    """On a CPU both come from a generator that is seeded in each step: with one seed, an adapter would always
+    be left out at the same timesteps."""
+    run = prepare(config())
+    optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad])
+    drawn, real = [], train_sdxl.numbers
+
+    def numbers(run, pictures, random):
+        copied = torch.Generator()
+        copied.set_state(random.get_state())
+        drawn.append((torch.rand(99), torch.rand(99, generator=copied)))
+        return real(run, pictures, random)
+
+    monkeypatch.setattr(train_sdxl, "numbers", numbers)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for run.step in range(2):
+        train_sdxl.train_step(run, [np.array([0])], optimizer, scaler)
+    first, second = drawn
+    everything = torch.cat([*first, *second])
+    assert len(everything.unique()) > 390, "of 396 some are equal by chance"
+
+
 def test_peft_s_lokr_on_the_same_unet_gives_the_same_losses(folder, config):
     found, start = [], {}
     for theirs in (False, True):
@@ -381,7 +403,7 @@ def test_a_base_that_is_not_trained_is_refused_by_name(file, key, value, message
         ("--adapter full", "--adapter full: expected one of lora, loha, lokr"),
         ("--schedule cosine", "--schedule cosine: expected one of constant, linear"),
         ("--recipe nothing", "--recipe nothing: expected one of demo, sdxl, pokemon-lokr"),
-        ("--recipe pokemon-lokr", "expected --data-dir as well"),
+        ("--recipe pokemon-lokr", "expected --data-dir, a folder"),
         ("--base nowhere --data-dir x", "--base nowhere: no such folder"),
         ("--targets nothing", "--targets nothing: target 'nothing' matches no nn.Linear"),
         ("--rank 500 --image-size 32", "--rank 500: "),

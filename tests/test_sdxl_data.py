@@ -68,6 +68,23 @@ def test_wrong_metadata_is_named_by_its_line(line, message, tmp_path):
         read_folder(tmp_path)
 
 
+def test_a_picture_without_a_row_is_named(tmp_path, capsys):
+    names = write_pictures(tmp_path, count=3)
+    write_pictures(tmp_path / "more", form="txt", count=1)
+    assert len(read_folder(tmp_path)) == len(names)
+    assert "1 left out, no caption: more" in capsys.readouterr().out
+
+
+def test_texts_that_cannot_be_read_are_named(tmp_path):
+    write_pictures(tmp_path, form="txt")
+    (tmp_path / "1.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"1\.txt: expected UTF-8 .*; save it anew"):
+        read_folder(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name,text\n0.png,"a bird\n1.png,a cat\n')
+    with pytest.raises(ValueError, match=r"metadata\.csv: .*; is a quote open\?"):
+        read_folder(tmp_path)
+
+
 def test_a_picture_is_upright_and_on_white(tmp_path):
     pixels = np.zeros((8, 16, 4), dtype=np.uint8)
     pixels[:, :8] = 255, 0, 0, 255  # red on the left, transparent on the right
