@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -92,6 +93,10 @@ def prepare(config: Config) -> Run:
     info = {**settings, "weights": full_name(c.weights), "seed": c.seed}
     info |= {"shape": model.shape, **shared}
     identity = {"images": [len(dataset.train), len(dataset.val)], **shared}
+    if c.dataset == "csv":  # a table may change under its name
+        identity["labels"] = [
+            crc32(split.labels.tobytes()) for split in (dataset.train, dataset.val)
+        ]
     refuse_others(config, identity, last)
     unreadable = [split.bad for split in (dataset.train, dataset.val)]
     if last:

@@ -136,7 +136,8 @@ def test_lycoris_gives_our_output(form, models, tmp_path, float64):
         assert len(network.loras) == LAYERS
         return output(unet, *text_encoders)
 
-    torch.testing.assert_close(theirs(tensors), expected, rtol=0, atol=1e-10)
+    # On some processors the difference comes to 1.3e-10: a UNet with random weights enlarges rounding errors.
+    torch.testing.assert_close(theirs(tensors), expected, rtol=0, atol=1e-9)
     assert (output(*models()) - expected).abs().max() > 0.01
     alphas = {key: t for key, t in tensors.items() if key.endswith(".alpha")}
     doubled = theirs(tensors | {key: 2 * t for key, t in alphas.items()})

@@ -10,6 +10,7 @@ import pytest
 from trees import write_image
 
 import data
+import train
 from engine.tables import read
 
 # For each competition: the table; its columns; for image i (id, file, other cells, label); the columns of
@@ -484,3 +485,25 @@ def test_a_class_s_only_image_is_in_no_fold(tmp_path):
         dataset = data.load("csv", root, folds=2, fold=k)
         assert dataset.classes[dataset.train.labels.min()] == "rare"
         assert re.search(r"/[abcd]\.jpg$", dataset.val.files[0])
+
+
+def test_a_run_whose_labels_have_changed_is_not_resumed(tmp_path, capsys):
+    write_competition(tmp_path / "data", "cassava")
+    flags = [
+        "--dataset",
+        "csv",
+        "--data-dir",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    flags += "--epochs 1 --batch-size 8 --image-size 28 --workers 0 --resume".split()
+    assert train.main(flags) == 0 == train.main(flags)
+    table = tmp_path / "data" / "train.csv"
+    head, *rows = [line.split(",") for line in table.read_text().split()]
+    cells = [row[1] for row in rows]
+    rows = [[row[0], cell] for row, cell in zip(rows, cells[1:] + cells[:1], strict=True)]
+    write_table(table, [head, *rows])
+    capsys.readouterr()
+    assert train.main(flags) == 2
+    assert "last.pt: labels was [" in capsys.readouterr().err
