@@ -119,9 +119,7 @@ def train_step(run: Run, batches: list, optimizer, scaler) -> torch.Tensor:
     mean_loss = torch.zeros((), device=run.device)
     seed = (config.seed * 1_000_003 + run.step) % 2**32
     random = torch.Generator().manual_seed(seed)
-    torch.manual_seed(
-        2**32 - 1 - seed
-    )  # dropout; with the same seed, it would repeat the numbers above
+    torch.manual_seed(2**32 - 1 - seed)  # dropout; of the same seed, it would repeat `random`
     for rows in batches:
         pictures = [run.dataset.train[row] for row in rows]
         flips, drops, times, *noises = numbers(run, pictures, random)

@@ -1,6 +1,8 @@
 """Runs of train_sdxl.py: stopped and resumed, killed, shared by two processes; and the demo."""
 
 import csv
+import json
+import math
 import re
 import signal
 import sys
@@ -93,6 +95,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(flags, tmp_path, monkeypatch, capsys)
         (["--rank", "4"], "--rank was 8, is now 4"),
         (["--limit", "7"], "--limit was None, is now 7"),
         (["--snr-gamma", "5"], "--snr-gamma was None, is now 5.0"),
+        (["--prompts", "a dog"], "--prompts was cat|a bird, is now a dog"),
     ):
         assert train_sdxl.main([*flags, "--out", str(tmp_path / "parts"), "--resume", *change]) == 2
         assert message in capsys.readouterr().err
@@ -117,6 +120,41 @@ def test_a_run_with_other_captions_or_another_base_is_not_resumed(flags, folder,
     weights.write_bytes(content)
     assert train_sdxl.main([*flags, *out, "--base", str(again)]) == 2
     assert "base was " in capsys.readouterr().err
+    same = toy_pipeline(tmp_path / "v")
+    scheduler = same / "scheduler" / "scheduler_config.json"
+    settings = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps(settings | {"prediction_type": "v_prediction"}))
+    assert train_sdxl.main([*flags, *out, "--base", str(same)]) == 2
+    assert "base was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cache", [[], ["--no-cache"]])
+def test_a_picture_may_have_several_captions(cache, flags, folder, tmp_path):
+    """As in COCO: one file, several rows."""
+    rows = [{"file_name": "0.png", "text": text} for text in ("one", "two", "three")]
+    pictures = tmp_path / "pictures"
+    write_pictures(pictures)
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = [*flags, "--data-dir", str(pictures), "--holdout", "0", "--out", str(tmp_path / "run")]
+    assert train_sdxl.main([*flags, *cache, "--epochs", "1", "--flip"]) == 0
+
+
+def test_tensors_that_are_not_finite_leave_the_earlier_files(flags, tmp_path, monkeypatch, capsys):
+    """The last step of the second epoch spoils them."""
+    real, out, earlier = train_sdxl.show, tmp_path / "run", {}
+
+    def spoiling(run, draw, epoch):
+        if epoch == 2:
+            earlier.update({p.name: p.read_bytes() for p in out.glob("*/adapter_model.*")})
+            for p in run.model.parameters():
+                if p.requires_grad:
+                    p.data.fill_(math.nan)
+        return real(run, draw, epoch)
+
+    monkeypatch.setattr(train_sdxl, "show", spoiling)
+    assert train_sdxl.main([*flags, "--out", str(out)]) == 2
+    assert "is not finite at step 4" in capsys.readouterr().err
+    assert earlier == {p.name: p.read_bytes() for p in out.glob("*/adapter_model.*")} != {}
 
 
 def test_the_clock_ends_a_run_and_it_goes_on(flags, tmp_path, capsys):
