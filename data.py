@@ -50,6 +50,13 @@ class Dataset:
     val: Split
     test: Split | None = None
 
+    def close(self) -> None:
+        """End the worker processes that wait for the next epoch. The garbage collector would wait for each of
+        them for seconds."""
+        for split in (self.train, self.val, self.test):
+            if split:
+                split.idle.clear()
+
 
 def load(
     name: str,

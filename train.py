@@ -17,7 +17,7 @@ In a notebook:
 import math
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
@@ -62,7 +62,7 @@ def fit(run: Run) -> dict:
     criterion = partial(F.cross_entropy, weight=class_weights(run), **smoothing)
     per_step = config.batch_size * config.grad_accum  # images in a step
     steps = -(-len(images) // per_step)  # in an epoch
-    with run.training(optimizer, scaler, steps, COLUMNS):
+    with run.training(optimizer, scaler, steps, COLUMNS), closing(run.dataset):
         if run.result and (not config.test or "test_loss" in run.result):
             print(f"{run.folder}: finished already, nothing is left to train")
             print(f"Validation Accuracy: {run.best['val_accuracy']:.2%}")

@@ -43,6 +43,7 @@ def split_of(*paths):
 def all_of(split, preprocessing=PLAIN, **settings):
     """All images and labels of one epoch; without worker processes unless settings say so."""
     parts = list(data.batches(split, 6, preprocessing, **{"workers": 0, **settings}))
+    split.idle.clear()  # worker processes end now, and not when the garbage is collected
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
 

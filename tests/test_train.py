@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import subprocess
@@ -293,7 +294,9 @@ def test_same_seed_same_result_bit_for_bit(tmp_path):
         train.train(Config(out=tmp_path / name, **settings))
         return checkpoint.read_adapter(tmp_path / name / "adapter.safetensors")[0]
 
+    children = multiprocessing.active_children()
     a, b, c = tensors("a"), tensors("b", workers=2), tensors("c", seed=1)
+    assert {*multiprocessing.active_children()} <= {*children}, "its worker processes have ended"
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not any(torch.equal(a[key], c[key]) for key in a)
 
