@@ -96,9 +96,7 @@ def main(data=DATA):
     replace_linear(model, lambda linear: LoRALinear(linear, RANK, ALPHA))  # y = W x + b + s B A x
     print("{:,} of {:,} parameters train".format(*mark_trainable(model)))  # A, B and the head
     gpus = torch.nn.DataParallel(model.cuda()) if torch.cuda.is_available() else model
-    # Spawned: a process that is forked from a notebook's kernel, which has threads, may wait forever.
-    workers = dict(num_workers=2, multiprocessing_context="spawn", persistent_workers=True)
-    epochs = [DataLoader(images, BATCH, shuffle=True, **(workers if data else {}))] * EPOCHS
+    epochs = [DataLoader(images, BATCH, shuffle=True, num_workers=2 if data else 0)] * EPOCHS
     with SummaryWriter() as writer:
         accuracy = train(gpus, epochs, DataLoader(val, BATCH), writer, 1e-3 if data else 5e-3)
     print(f"Validation Accuracy: {accuracy:.2%}")

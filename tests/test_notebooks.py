@@ -164,7 +164,7 @@ def test_minimal_is_three_files_and_where_the_images_are():
 
 
 @pytest.mark.slow
-def test_minimal_trains_vit_b_16_on_class_folders(execute, tmp_path):
+def test_minimal_trains_vit_b_16_on_class_folders(execute, tmp_path, tmp_path_factory, monkeypatch):
     """From the pretrained weights' file, though its weights are random; for two epochs."""
     images = pets(tmp_path / "pets" / "train", images=6)
     checkpoints = tmp_path / "TORCH_HOME" / "hub" / "checkpoints"
@@ -175,6 +175,9 @@ def test_minimal_trains_vit_b_16_on_class_folders(execute, tmp_path):
         "SEED, EPOCHS, BATCH": "SEED, _, BATCH",
         "ASSETS = ": "EPOCHS = 2\nASSETS = ",
     }
+    # Worker processes send tensors through a socket in TMPDIR, whose path may have 107 bytes. With a longer
+    # one they wait forever.
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
     folder, cells = execute("minimal", change=change)
     text = said(cells)
     assert "every tenth training image validates" in text
