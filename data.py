@@ -35,7 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import ViT_B_16_Weights
 
-from engine.images import Crops, Requests, Split, ignore_interrupts, stand_in, usable
+from engine.images import Crops, Requests, Split, ignore_interrupts, senders, stand_in, usable
 from engine.tables import SAMPLES, TABLES, choose, labelled
 
 ASSETS = Path(__file__).parent / "assets"
@@ -205,7 +205,7 @@ def batches(
             reader = DataLoader(
                 reading,
                 batch_sampler=Requests(),
-                num_workers=usable(workers),
+                num_workers=senders(workers),
                 persistent_workers=usable(workers) > 0,
                 collate_fn=reading.collate,
                 pin_memory=pinned,

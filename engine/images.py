@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -470,7 +471,7 @@ class Whole(TorchDataset):
         loader = DataLoader(
             self,
             batch_size=64,
-            num_workers=0 if few else usable(workers),
+            num_workers=0 if few else senders(workers),
             collate_fn=self.collate,
             generator=torch.Generator(),
         )
@@ -586,6 +587,18 @@ def usable(workers: int | None) -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
     return min(8, max(1, cores // sharing))
+
+
+def senders(workers: int | None) -> int:
+    """usable(workers), for a DataLoader. Its processes send tensors through sockets in the temporary folder,
+    and wait forever if a socket's path would be too long: ValueError then."""
+    number, folder = usable(workers), tempfile.gettempdir()
+    if number and len(os.fsencode(folder)) > 70 and sys.platform != "win32":
+        raise ValueError(
+            f"TMPDIR {folder}: expected at most 70 bytes, for worker processes; set it to a shorter "
+            "path, or add --workers 0"
+        )
+    return number
 
 
 def ignore_interrupts(worker: int) -> None:

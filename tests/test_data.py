@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from engine.images import (
     random_box,
     resize,
     resize_crop,
+    senders,
 )
 
 PLAIN = {"image_size": 28, "mean": [0.0] * 3, "std": [1.0] * 3, "crop": 1.0}
@@ -695,3 +697,21 @@ def test_what_is_transparent_is_laid_on_white_without_a_warning(mode, tmp_path, 
     (pixels,), _ = all_of(split, {**PLAIN, "image_size": 40})
     assert pixels[:, :, :18].min() > 0.99 and pixels[:, :, 22:].max() < 0.01
     assert not recwarn.list
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such sockets")
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_named(tmp_path, monkeypatch):
+    """Worker processes would wait forever."""
+    monkeypatch.setattr(tempfile, "tempdir", "/" + 70 * "t")
+    with pytest.raises(ValueError, match=r"TMPDIR /t+: expected at most 70 bytes, .*--workers 0"):
+        senders(1)
+    assert senders(0) == 0
+    monkeypatch.setattr(tempfile, "tempdir", "/" + 69 * "t")
+    assert senders(1) == 1
+
+    def refuse(workers):
+        raise ValueError(f"asked for {workers}")
+
+    monkeypatch.setattr(data, "senders", refuse)
+    with pytest.raises(ValueError, match="asked for 1"):
+        all_of(small(tmp_path, images=6), workers=1)
