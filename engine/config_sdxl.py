@@ -152,11 +152,8 @@ FREE = (
     "recipe base data_dir recompute evaluate_every device workers cache cache_dir out resume save_minutes "
     "max_hours"
 ).split()
-SHOWN = [
-    "prompts",
-    "sample_steps",
-    "guidance",
-]  # in samples.png, whose pictures have to be comparable
+# What samples.png depends on: its pictures are compared, so a resumed run may not change this either.
+SHOWN = ["prompts", "sample_steps", "guidance"]
 
 
 def parse(argv: list[str] | None = None) -> Config:

@@ -595,8 +595,8 @@ def senders(workers: int | None) -> int:
     number, folder = usable(workers), tempfile.gettempdir()
     if number and len(os.fsencode(folder)) > 70 and sys.platform != "win32":
         raise ValueError(
-            f"TMPDIR {folder}: expected at most 70 bytes, for worker processes; set it to a shorter "
-            "path, or add --workers 0"
+            f"TMPDIR {folder}: expected at most 70 bytes, as worker processes open sockets there; set it to "
+            "a shorter path, or add --workers 0"
         )
     return number
 

@@ -237,8 +237,8 @@ def machine(config: Config, dtypes: list[str]) -> str:
         name = f"{torch.cuda.get_device_name(device)}, {name}"
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads shared by parallel runs, "
-        f"{device}, {' and '.join(dtypes)}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}{commit()}."
+        f"{', '.join([str(device), *dtypes])}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}{commit()}."
     )
 
 
