@@ -47,9 +47,8 @@ from engine.devices import pick_device
 from engine.run import Stopped, check_folder
 
 HERE = Path(__file__).parent
-# Where the search for a learning rate begins, in units of --lr: a head alone needs larger steps than
-# adapters, the whole trunk smaller ones.
-NEAR = {"head": 20, "lora": 1, "loha": 1, "lokr": 1, "full": 0.4}
+# Where the search for a learning rate begins, in units of --lr: as far apart as the best rates of the demo.
+NEAR = {"head": 50, "lora": 1, "loha": 2.5, "lokr": 6.25, "full": 0.4}
 STEP, TRIALS = 2.5, 5  # ratio of neighbouring learning rates; most rates to try
 # A comparison is stopped by ctrl-C, by kill, and by a closing terminal if the system has that signal.
 STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]

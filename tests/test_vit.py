@@ -17,7 +17,7 @@ from torchvision.models import VisionTransformer, get_model_weights
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 import vit
-from attention import Attention, join_attention, split_attention
+from attention import SHORT, Attention, attend, join_attention, split_attention
 from engine import checkpoint, weights
 from engine.adapt import ADAPT, adapt
 from engine.config import parse
@@ -76,6 +76,60 @@ def test_attention_dropout_is_on_only_in_training(images):
     model = split_attention(model.double())
     assert not torch.equal(model.train()(images), model(images))
     assert torch.equal(model.eval()(images), model(images))
+
+
+def attention_and_input(tokens=17):
+    """An Attention whose keys share a large vector, as those of DINOv2, and an input for it, in float64."""
+    torch.manual_seed(0)
+    layer = Attention(64, 4).double()
+    nn.init.constant_(layer.key.bias, 20)
+    return layer, torch.randn(3, tokens, 64, dtype=torch.float64)
+
+
+def test_attend_is_torch_s_attention():
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    y = attend(q, k, v)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
+    g = torch.randn_like(y)
+    gradients = (torch.autograd.grad(y, (q, k, v), g) for y in (y, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_attend_in_bfloat16_is_as_exact_as_torch_s_kernel():
+    layer, x = attention_and_input()
+    q, k, v = (
+        project(x).unflatten(-1, (4, -1)).transpose(1, 2) for project in list(layer.children())[:3]
+    )
+    q, k, v = (part.bfloat16() for part in (q, k, v))
+    torch_s = nn.functional.scaled_dot_product_attention
+    exact = torch_s(q.double(), k.double(), v.double())
+    ours, theirs = ((f(q, k, v) - exact).norm() / exact.norm() for f in (attend, torch_s))
+    assert ours < 1.2 * theirs < 0.01
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "dropout", "fused"),
+    [
+        (torch.bfloat16, SHORT, 0.0, 0),
+        (torch.bfloat16, SHORT + 1, 0.0, 1),  # attend would keep too much memory
+        (torch.bfloat16, 8, 0.5, 1),
+        (torch.float32, 8, 0.0, 1),
+    ],
+)
+def test_short_bfloat16_attention_on_a_cpu_is_attend(monkeypatch, dtype, tokens, dropout, fused):
+    layer, x = attention_and_input(tokens)
+    layer.dropout, calls = dropout, []
+    torch_s = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: calls.append(a) or torch_s(*a, **k),
+    )
+    x = x.to(dtype)
+    layer.to(dtype)(x, x, x)
+    assert len(calls) == fused
 
 
 @pytest.mark.parametrize("special", [{"batch_first": False}, {"add_bias_kv": True}, {"kdim": 4}])
