@@ -246,7 +246,7 @@ def compare(argv: list[str]) -> None:
     rows = [row | {"kept_bytes": memory[report.variant(row)]} for row in runs.rows.values()]
     rows.sort(key=lambda row: (finals.index(report.variant(row)), row["lr"], row["seed"]))
     report.write(runs.out, rows, main, dropouts, config, dataset, budget(config, options, argv))
-    print(f"{runs.out}: comparison.md, comparison.csv and comparison.png are written")
+    print(f"{runs.out}: comparison.md, comparison.csv, comparison.png and rates.png are written")
 
 
 def refuse_to_lose(table: Path, finals: list[Variant], seeds: int) -> None:

@@ -1,6 +1,7 @@
 """Draw what adapters have learnt for one layer: each delta W, and their singular values in one panel.
 
     python spectra.py runs/lora runs/loha runs/lokr --out delta.png
+    python spectra.py runs/lora runs/loha runs/lokr --norms norms.png    # and how far each layer has moved
     python spectra.py a.safetensors b.safetensors --layer encoder.layers.encoder_layer_0.self_attention.query
 
 The numbers in the picture are also printed, one line for each adapter. Exit status: 0; 2 for a mistake of
@@ -26,6 +27,10 @@ from engine.start import load
 
 # Okabe and Ito's colours differ without colour vision too; the marks differ without any colour.
 MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
+MARKS += [("#56B4E9", "P")]
+# The end of a layer's name: what it is called in norms.png.
+KINDS = {"query": "query", "key": "key", "value": "value", "out": "out", "mlp.0": "MLP, first"}
+KINDS |= {"mlp.3": "MLP, second"}
 SIDE = 192  # most rows or columns in an image; of a larger delta W every second, third ... is shown
 WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 
@@ -164,6 +169,37 @@ def draw_spectra(axes, shown: list[Delta]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def draw_norms(shown: list[tuple[str, dict[str, float]]], path: Path) -> None:
+    """Draw ||delta W|| / ||W|| of every layer, a panel for each adapter: a line is a kind of layer.
+
+    shown: (label, norms by the layer's name).
+    """
+    figure = Figure(figsize=(max(2.9 * len(shown), 5.5), 3.9), layout="constrained")
+    grid = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (label, norms) in zip(grid, shown, strict=True):
+        for (end, kind), (colour, mark) in zip(KINDS.items(), MARKS, strict=True):
+            points = [
+                (int(name.split("encoder_layer_")[1].split(".")[0]) + 1, norm)
+                for name, norm in norms.items()
+                if name.endswith(f".{end}")
+            ]
+            if points:
+                style = {"color": colour, "marker": mark, "markersize": 4, "linewidth": 1}
+                axes.plot(*zip(*points, strict=True), label=kind, **style)
+        axes.set_title(label, fontsize=8)
+        axes.set_xlabel("block", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    grid[0].set_ylim(0, None)
+    grid[0].set_ylabel("||delta W|| / ||W||", fontsize=8)
+    lines = {t: h for axes in grid for h, t in zip(*axes.get_legend_handles_labels(), strict=True)}
+    place = {"loc": "outside lower center", "ncols": 6, "frameon": False, "fontsize": 8}
+    figure.legend(lines.values(), lines.keys(), **place)
+    figure.savefig(path, dpi=150)
+
+
 def run(argv: list[str] | None) -> None:
     parser = Parser(description="Draw what adapters have learnt for one layer.")
     add = parser.add_argument
@@ -173,13 +209,17 @@ def run(argv: list[str] | None) -> None:
         help="its name in the model (default: the layer that the first adapter changed most)",
     )
     add("--out", default="delta.png", metavar="FILE", help="the picture (default: delta.png)")
+    add("--norms", metavar="FILE", help="draw ||delta W|| / ||W|| of every layer there")
     add("--weights", help="pretrained weights: a name or a file (default: as in training)")
     given = parser.parse_args(argv)
     check_figure(Path(given.out), "--out")
-    shown, layer = [], given.layer
+    if given.norms:
+        check_figure(Path(given.norms), "--norms")
+    shown, norms, layer = [], [], given.layer
     for path in given.adapters:
         model, info = read(path, given.weights)
         layer = pick(path, model, layer)
+        norms.append(relative_norms(model))
         adapter = measure(model.get_submodule(layer), info)
         shown.append(adapter)
         print(
@@ -192,6 +232,8 @@ def run(argv: list[str] | None) -> None:
             name = path.parent.name if path.name == checkpoint.ADAPTER_FILE else path.stem
             adapter.label = f"{shorten(name, 30)}: {adapter.label}"
     draw(shown, f"delta W of {layer}", Path(given.out))
+    if given.norms:
+        draw_norms([(a.label, n) for a, n in zip(shown, norms, strict=True)], Path(given.norms))
 
 
 def main(argv: list[str] | None = None) -> int:

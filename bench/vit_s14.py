@@ -57,12 +57,13 @@ def backbone(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     arrays = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
     prefix = "backbone."
     tensors = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix)}
-    for node in model.graph.node:  # /backbone/encoder/layer.0/mlp/fc1/MatMul multiplies x by fc1's matrix
+    # The node /backbone/encoder/layer.0/mlp/fc1/MatMul multiplies x by fc1's matrix.
+    for node in model.graph.node:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             name = node.name.strip("/").replace("/", ".").removeprefix(prefix)
             tensors[name.removesuffix("MatMul") + "weight"] = arrays[node.input[1]].T
     positions = [a for k, a in arrays.items() if a.ndim == 3 and not k.startswith(prefix)]
-    positions.sort(key=lambda a: a.shape[1])  # that of the class token, then those of 37 x 37 patches
+    positions.sort(key=lambda a: a.shape[1])  # of the class token, then of 37 x 37 patches
     tensors["embeddings.position_embeddings"] = np.concatenate(positions, 1)
     tensors["embeddings.mask_token"] = np.zeros((1, CONFIG["hidden_size"]))
     return {name: np.ascontiguousarray(a, np.float16) for name, a in tensors.items()}

@@ -137,8 +137,14 @@ def fill(config, recipes: dict[str, dict]) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         if value is None:
-            value = config.filled[f.name] = settings.get(f.name, f.metadata.get("default"))
+            value = settings.get(f.name, f.metadata.get("default"))
+            value = config.filled[f.name] = for_adapter(value, config.adapter)
         setattr(config, f.name, converted(f, value))
+
+
+def for_adapter(value, adapter: str):
+    """A value of a recipe, which may have one for each adapter. An unknown adapter is refused elsewhere."""
+    return value.get(adapter, value["lora"]) if isinstance(value, dict) else value
 
 
 def converted(f, value):
@@ -184,7 +190,7 @@ RECIPES = {
         "alpha": 16.0,
         "epochs": 6,
         "batch_size": 64,
-        "lr": 5e-3,
+        "lr": {"head": 0.25, "lora": 5e-3, "loha": 0.0125, "lokr": 0.03125, "full": 2e-3},
     },
     "tiny-imagenet-lora": {
         "dataset": "tiny-imagenet",

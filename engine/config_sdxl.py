@@ -114,7 +114,7 @@ RECIPES = {
         "targets": "all",
         "epochs": 8,
         "batch_size": 64,
-        "lr": 0.02,
+        "lr": {"lora": 0.0033, "loha": 0.0083, "lokr": 0.02},
         "schedule": "linear",
         "beta2": 0.99,
         "weight_decay": 0.0,

@@ -1,4 +1,4 @@
-"""The results of a comparison: comparison.csv with a row for each run, comparison.md and comparison.png.
+"""The results of a comparison: comparison.csv with a row for each run, comparison.md and two pictures.
 
 A row is a dict with the keys COLUMNS. A variant is a method with its rank and dropout; its runs differ in
 learning rate or seed. Accuracies are fractions, 0..1; comparison.md has percent.
@@ -95,7 +95,7 @@ def write(
     dataset: data.Dataset,
     budget: str,
 ) -> None:
-    """Write the three files; each is replaced only when its successor is complete.
+    """Write the four files; each is replaced only when its successor is complete.
 
     main, dropouts: the variants in the main table, and those in the table of dropout.
     budget: sentences that say how the learning rates were chosen, and the command.
@@ -116,6 +116,8 @@ def write(
     title = f"{config.dataset}: {len(dataset.train):,} training images, {config.model}"
     with atomic(out / "comparison.png") as temporary:
         pictures.plot_comparison(main, dropouts, split, temporary, title)
+    with atomic(out / "rates.png") as temporary:
+        pictures.plot_rates({f"{title}, alpha {config.alpha:g}": trials(rows)}, temporary)
 
 
 def summary(which: tuple, rows: list[dict]) -> dict:
@@ -131,6 +133,11 @@ def summary(which: tuple, rows: list[dict]) -> dict:
         values = [row[f"{split}_accuracy"] for row in final if f"{split}_accuracy" in row]
         result[split] = mean_std(values) if values else None
     return result
+
+
+def trials(rows: list[dict]) -> list[dict]:
+    """The rows of runs that chose a learning rate and did not diverge."""
+    return [row for row in rows if row.get("trial") and row.get("val_accuracy")]
 
 
 def mean_std(values: list[float]) -> tuple[float, float | None]:

@@ -17,7 +17,7 @@ import data
 import vit
 from engine import checkpoint, devices
 from engine.adapt import ADAPT, adapt, check_rank
-from engine.config import Config, check, check_sizes, refuse_changes
+from engine.config import RECIPES, Config, check, check_sizes, for_adapter, refuse_changes
 from engine.files import read_json
 from engine.images import keep
 from engine.peft_folder import CONFIG, fill
@@ -149,6 +149,8 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
     for key, value in settings.items():
         if key in config.filled and getattr(config, key) == config.filled[key]:
             setattr(config, key, value)
+    if "lr" in config.filled:  # the recipe's, for the adapter that the settings named
+        config.lr = for_adapter(RECIPES[config.recipe].get("lr", config.lr), config.adapter)
     check(config)
     check_weights(config.weights)
     if last:

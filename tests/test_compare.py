@@ -160,8 +160,9 @@ def test_the_table_follows_from_the_rows(whole):
         row["trial"] == "1" for row in rows
     )
     assert "40 training, 40 validation, 40 test images of 10 classes" in text
-    with Image.open(whole / "comparison.png") as picture:
-        assert picture.size[0] > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    for name, width in (("comparison.png", 1000), ("rates.png", 900)):
+        with Image.open(whole / name) as picture:
+            assert picture.size[0] > width and len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")

@@ -35,7 +35,7 @@ import predict
 import spectra
 import train
 import vit
-from engine import checkpoint, config_sdxl, weights
+from engine import checkpoint, config_sdxl, pictures, weights
 from engine.adapt import ADAPT, ADAPTERS, adapt
 from engine.config import FREE, RECIPES, Config, flag, parse
 
@@ -494,11 +494,13 @@ def test_figures_of_the_demo_are_the_comparison_s():
         kept = f"{float(row[8]):.0f}"
         assert f"| {' | '.join(row[:7])} | {kept} |" in TEXTS["comparison.md"], row
     short = {"LoKr": "LoKr rank 4", "LoRA": "LoRA rank 4", "LoHa": "LoHa rank 4"}
+    names = {name: method for method, name in pictures.NAMES.items()}
     for name, rank, parameters, _, lr, validation, test, *_ in rows:
         if rank in ("", "4"):
             (line,) = re.findall(rf"^\| {short.get(name, name)} \(.*$", README, re.MULTILINE)
             assert cells(line)[1:] == [parameters, validation, test]
-            assert f"--lr {lr}`" in line or "the default" in line
+            assert RECIPES["demo"]["lr"][names[name]] == float(lr)
+            assert f"`--adapter {names[name]}`" in line or "the default" in line
     of_dropout = (
         TEXTS["comparison.md"].split("| adapter dropout, rank 4, test % |")[1].splitlines()[2:5]
     )
@@ -535,8 +537,9 @@ def test_what_the_pages_say_of_the_comparison_is_in_it():
     assert {times["LoHa", rank] for rank in ("2", "4", "8", "16")} == {times["LoKr", "2"]} == {2.5}
     assert {times["LoKr", rank] for rank in ("4", "8", "16")} == {6.25}
     assert "2.5 times (LoHa) and about six times (LoKr from rank 4 on) LoRA's" in readme
-    assert f"--adapter loha --lr {lr['LoHa', '4']:g}" in TEXTS["training.md"]
-    assert f"--adapter lokr --lr {lr['LoKr', '4']:g}" in TEXTS["training.md"]
+    for name in ("LoHa", "LoKr"):
+        assert RECIPES["demo"]["lr"][name.lower()] == lr[name, "4"]
+        assert f"--adapter {name.lower()}    # --lr {lr[name, '4']:g}" in TEXTS["training.md"]
     tried = re.findall(r"\| LoRA \| (\d+) \| 0.0125 \| ([\d.]+) \|", rest)
     best = re.findall(r"\| LoRA \| (\d+) \| 0.005 \| ([\d.]+) \|", rest)
     fails, loses = re.search(

@@ -17,7 +17,7 @@ import train
 import vit
 from engine import checkpoint
 from engine.adapt import ADAPT
-from engine.config import parse
+from engine.config import RECIPES, parse
 from engine.start import begin, read_source
 
 QUICK = "--dataset folder --data-dir pets --epochs 1 --batch-size 4 --workers 0 --lr 1e-30".split()
@@ -126,6 +126,11 @@ def test_flags_win_over_the_adapter_and_must_fit_it(pets, capsys):
     start = ["--init-adapter", "a.safetensors"]
     config, _, _ = begin(parse([*QUICK, *start, "--alpha", "9"]))
     assert (config.alpha, config.rank, config.targets) == (9, 3, "query,value")
+    write_adapter("b.safetensors", "lokr")
+    config, _, _ = begin(parse(["--init-adapter", "b.safetensors"]))
+    assert config.lr == RECIPES["demo"]["lr"]["lokr"]  # the rate follows the adapter
+    config, _, _ = begin(parse([*QUICK, "--init-adapter", "b.safetensors"]))
+    assert config.lr == 1e-30
     for flags, message in [
         ("--rank 5", "expected shape (5, 128), found (3, 128)"),
         ("--adapter loha", "hada_w1_a: expected shape (128, 3), found no such tensor"),

@@ -289,6 +289,7 @@ def test_an_adapter_that_has_learnt_nothing_is_drawn(drawn, tmp_path, capsys):
         ("notes.txt", "notes.txt: not a file of tensors"),
         ("lora.safetensors --out x.doc", "--out x.doc: expected a name that ends in"),
         ("lora.safetensors --out no/x.png", "--out no/x.png: no is not a folder"),
+        ("lora.safetensors --norms no/x.png", "--norms no/x.png: no is not a folder"),
         ("lora.safetensors --weights no.pth", "no.pth"),
         ("", "required: adapters; see --help"),
     ],
@@ -304,6 +305,29 @@ def test_a_mistake_gives_one_line_and_status_2(arguments, message, tmp_path, mon
     assert error.startswith("spectra.py: ") and re.search(message, error)
     assert error.count("\n") == 1
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_norms_of_every_layer_are_drawn(drawn, tmp_path, capsys):
+    files, wanted = [], []
+    for case in ("lora", "lokr"):
+        files.append(str(tmp_path / f"{case}.safetensors"))
+        model = write_adapter(files[-1], case)
+        names = [name for name, module in model.named_modules() if hasattr(module, "delta_weight")]
+        wanted.append(dict(zip(names, moved(model), strict=True)))
+    flags = ["--out", str(tmp_path / "x.png"), "--norms", str(tmp_path / "norms.png")]
+    assert spectra.main([*files, *flags]) == 0
+    figure = drawn[-1]
+    for axes, norms in zip(figure.axes, wanted, strict=True):
+        ends = {"query": "self_attention.query", "key": "self_attention.key"}
+        ends |= {"value": "self_attention.value", "out": "self_attention.out"}
+        ends |= {"MLP, first": "mlp.0", "MLP, second": "mlp.3"}
+        found = {
+            f"encoder.layers.encoder_layer_{round(block) - 1}.{ends[line.get_label()]}": norm
+            for line in axes.lines
+            for block, norm in line.get_xydata()
+        }
+        assert found == pytest.approx(norms)
+    assert_nothing_is_cut_off(figure)
 
 
 def test_spectra_as_a_user_runs_it(run_script, tmp_path):

@@ -24,13 +24,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 from trees import food101, pets, tiny_imagenet
 
+import compare
 import data
 import minimal
 import train
 import vit
-from engine import checkpoint, devices
-from engine.adapt import METHODS, adapt
-from engine.config import RECIPES, Config, parse
+from engine import checkpoint, config_sdxl, devices
+from engine.adapt import ADAPTERS, METHODS, adapt
+from engine.config import RECIPES, Config, check, parse
 from engine.devices import Autocast
 from engine.files import remove_temporaries
 from engine.run import make_folder
@@ -116,6 +117,22 @@ def test_default_run_s_adapter_has_the_accuracy_that_was_printed(default_run):
     val = data.load("demo").val
     _, accuracy = train.evaluate(model, data.batches(val, 100, info["preprocessing"]))
     assert process.stdout.strip().endswith(f"Validation Accuracy: {accuracy:.2%}")
+
+
+def test_the_demo_has_a_rate_for_each_adapter_and_the_documents_one_for_all():
+    def rate(flags, parse=parse):
+        return parse(flags.split()).lr
+
+    demo = {method: rate(f"--adapter {method}") for method in METHODS}
+    assert demo == {m: pytest.approx(0.005 * times) for m, times in compare.NEAR.items()}
+    assert rate("") == demo["lora"] and rate("--adapter lokr --lr 0.5") == 0.5
+    for adapter in ADAPTERS:  # what the documents had
+        assert rate(f"--recipe food101-{adapter}") == 0.005
+        assert rate(f"--recipe tiny-imagenet-lora --adapter {adapter}") == 0.001
+        drawn = rate(f"--adapter {adapter}", config_sdxl.parse)
+        assert drawn == pytest.approx(0.0033 * compare.NEAR[adapter], rel=0.05)
+    with pytest.raises(ValueError, match="--adapter dora: expected one of"):
+        check(parse(["--adapter", "dora"]))
 
 
 @pytest.mark.slow
