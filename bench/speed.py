@@ -4,10 +4,12 @@
     python bench/speed.py                              # writes bench/speed.md and bench/speed.png
     python bench/speed.py --blocks 1 --ranks 4 8 16 32 --targets all query,value --batches 1 8 32 \
         --rounds 25 7 3 --out bench/grid               # bench/grid.md
+    python bench/speed.py --trunk vit_s_14 --blocks 12 --batches 10 --ranks 2 4 8 16 --amp bf16 \
+        --out bench/speed_vit_s14                      # the trunk of docs/comparison.md
     python bench/speed.py --device cuda --amp bf16 --batches 64
 
-The trunk is the encoder blocks of torchvision's ViT-B/16 with random weights, after split_attention: the same
-matrices for all. A step is a forward pass and a backward pass, to the input and to everything that trains.
+The trunk is the encoder blocks of a Vision Transformer (TRUNKS) with random weights, after split_attention:
+the same matrices for all. A step is a forward pass and a backward pass, to the input and to all that trains.
 The floor is a step without adapters. A round has one step of each model, in random order. "time / floor" is a
 step's time divided by the floor's time in the same round: the median over rounds. "kept / floor" compares the
 memory that autograd keeps for the backward pass: bytes of distinct storages, without parameters. The last
@@ -62,31 +64,41 @@ LYCORIS = {
     "LoHa": lycoris.modules.LohaModule,
     "LoKr": lycoris.modules.LokrModule,
 }
+TRUNKS = {  # side of the images, patch, heads, width, width of the MLP
+    "vit_b_16": (224, 16, 12, 768, 3072),
+    "vit_s_14": (112, 14, 6, 384, 1536),
+}
 COLOURS = {"ours": "#0072B2", "PEFT": "#E69F00", "LyCORIS": "#009E73"}  # Okabe and Ito's
 
 
-def trunk(blocks: int) -> nn.Sequential:
+def trunk(options) -> nn.Sequential:
     torch.manual_seed(0)
+    side, patch, heads, width, mlp = TRUNKS[options.trunk]
     with torch.no_grad():
-        model = VisionTransformer(224, 16, blocks, 12, 768, 3072)
+        model = VisionTransformer(side, patch, options.blocks, heads, width, mlp)
     return split_attention(model).encoder.layers.requires_grad_(False)
 
 
-def ours(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:
-    model = trunk(blocks)
+def tokens(options) -> int:
+    side, patch, *_ = TRUNKS[options.trunk]
+    return (side // patch) ** 2 + 1
+
+
+def ours(kind: str, rank: int, targets: list[str], options) -> nn.Module:
+    model = trunk(options)
     replace_linear(model, partial(OURS[kind], rank=rank, alpha=rank), targets)
     mark_trainable(model)
     return model
 
 
-def of_peft(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:
+def of_peft(kind: str, rank: int, targets: list[str], options) -> nn.Module:
     settings = PEFT[kind](rank)
     config = settings.pop("config")(r=rank, target_modules=targets, **settings)
-    return peft.get_peft_model(trunk(blocks), config)
+    return peft.get_peft_model(trunk(options), config)
 
 
-def of_lycoris(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Module:
-    model, adapters = trunk(blocks), nn.ModuleList()
+def of_lycoris(kind: str, rank: int, targets: list[str], options) -> nn.Module:
+    model, adapters = trunk(options), nn.ModuleList()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and f".{name}".endswith(tuple(f".{t}" for t in targets)):
             adapter = LYCORIS[kind](name.replace(".", "_"), layer, 1.0, rank, rank)
@@ -100,10 +112,10 @@ def of_lycoris(kind: str, rank: int, targets: list[str], blocks: int) -> nn.Modu
 
 
 def contenders(rank: int, targets: list[str], options) -> dict[str, nn.Module]:
-    models = {"floor": trunk(options.blocks), "full": trunk(options.blocks).requires_grad_(True)}
+    models = {"floor": trunk(options), "full": trunk(options).requires_grad_(True)}
     makers = {"ours": ours, "PEFT": of_peft, "LyCORIS": of_lycoris}
     for kind, (library, make) in itertools.product(OURS, makers.items()):
-        models[f"{kind} {library}"] = model = make(kind, rank, targets, options.blocks)
+        models[f"{kind} {library}"] = model = make(kind, rank, targets, options)
         for parameter in model.parameters():
             if parameter.requires_grad:  # a factor of zeros could make products cheap
                 nn.init.normal_(parameter, std=0.02)
@@ -157,7 +169,7 @@ def paired(times: dict[str, list[float]], a: str, b: str) -> list[float]:
 def measure(rank: int, targets: list[str], batch: int, rounds: int, options) -> tuple[dict, dict]:
     """(time and memory of each model relative to the floor, quartiles of other libraries' time over ours)"""
     models = contenders(rank, targets, options)
-    x = torch.randn(batch, 197, 768, device=options.device)
+    x = torch.randn(batch, tokens(options), TRUNKS[options.trunk][3], device=options.device)
     times = {name: [] for name in models}
     order, rng = list(models), random.Random(0)
     for turn in range(-2, rounds):
@@ -245,9 +257,10 @@ def machine(options) -> str:
     blocks = f"{options.blocks} block{'s' * (options.blocks > 1)}"
     rounds = " or ".join(map(str, options.rounds))
     return (
-        f"{blocks} of ViT-B/16, 197 tokens, {str(options.dtype)[6:]}, medians of {rounds} paired rounds. "
-        f"{name}, {torch.get_num_threads()} threads, {len(os.sched_getaffinity(0))} cores, "
-        f"{platform.machine()}, Python {platform.python_version()}, {versions}{commit()}."
+        f"{blocks} of {options.trunk}, {tokens(options)} tokens, {str(options.dtype)[6:]}, "
+        f"medians of {rounds} paired rounds. {name}, {torch.get_num_threads()} threads, "
+        f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python "
+        f"{platform.python_version()}, {versions}{commit()}."
     )
 
 
@@ -255,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off")
+    parser.add_argument("--trunk", choices=TRUNKS, default="vit_b_16")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16])
     parser.add_argument(
         "--targets", nargs="+", default=["all"], help="all, or names separated by commas"
@@ -302,7 +316,8 @@ def main() -> None:
     (targets, batch), by_rank = next(iter(results.items()))
     layers = "all linear layers" if targets == "all" else targets
     device = options.device.type.upper()
-    title = f"{options.blocks} ViT-B blocks, {layers}, batch {batch} x 197 tokens, {device}"
+    title = f"{options.blocks} blocks of {options.trunk}, {layers}, batch {batch} x {tokens(options)} tokens"
+    title += f", {device}"
     draw(by_rank, title, options.out.with_suffix(".png"))
 
 
