@@ -13,6 +13,7 @@ BENCHES = {  # flags, and the least number of rows with figures
     "speed": ("--blocks 1 --rounds 1 --ranks 2 --batches 1 --targets query,value", 11),
     "data": ("--rounds 1 --epochs 2 --images 80 --workers 0 --device cpu", 4),
     "end_to_end": ("--kinds lora --rounds 1 --steps 2 --batch 2 --workers 0", 1),
+    "attention": ("--rounds 2", 4),
     "recompute": ("--models vit_mini --batch 2 --rounds 1", 1),
 }
 
