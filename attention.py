@@ -38,8 +38,8 @@ class Attention(nn.Module):
             for project, x in ((self.query, query), (self.key, key), (self.value, value))
         )
         dropout = self.dropout if self.training else 0.0
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16  # torch's kernel, see attend
-        if slow and q.shape[2] <= SHORT and not dropout:
+        bfloat16_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        if bfloat16_on_cpu and q.shape[2] <= SHORT and not dropout:  # torch's kernel is slow there
             attended = attend(q, k, v)
         else:
             attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
@@ -49,10 +49,11 @@ class Attention(nn.Module):
 def attend(q, k, v):
     """softmax(q kᵀ / sqrt(dim / heads)) v, for (B, heads, T, dim / heads), as plain products.
 
-    In bfloat16 on a CPU, this takes a third (197 tokens) to a sixth (65) of the time of torch's kernel, both
-    passes together. The mean key is subtracted: it adds the same number to all scores of a query, so the
-    softmax stays, and smaller scores lose less in rounding (Zhang et al., SageAttention, 2024, arXiv
-    2410.02367). Without this, the error of a DINOv2 trunk doubles. Autograd keeps the probabilities,
+    In bfloat16 on a CPU that multiplies it natively, this takes a third (197 tokens) to a sixth (65) of the
+    time of torch's kernel, forward and backward together. Subtracting the mean key shifts all scores of a
+    query by the same number, which does not change the softmax, and the scores become smaller (Zhang et al.,
+    SageAttention, 2024, arXiv 2410.02367). That matters because they are rounded to bfloat16; torch's kernel
+    has them in float32. bench/attention.py measures time and error. Autograd keeps the probabilities,
     (B, heads, T, T), which torch's kernel does not.
     """
     k = k - k.mean(2, keepdim=True)
@@ -66,7 +67,8 @@ def split_attention(model: nn.Module) -> nn.Module:
 
     The model must call its attention as torchvision's ViT does: without masks, and using only the output.
     Raises ValueError for an attention that such a ViT does not have: batch_first=False, bias_k,
-    add_zero_attn, key and value of another width, or use in nn.TransformerEncoder and similar modules.
+    add_zero_attn, key and value of another width, hooks, a subclass, or use in nn.TransformerEncoder and
+    similar modules.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     done = {}  # a shared attention is split once
@@ -87,6 +89,12 @@ def split_attention(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"{name}: split_attention needs batch_first=True, no bias_k, no add_zero_attn "
                 f"and query, key, value of one width; found {joined}"
+            )
+        hooks = joined._forward_hooks or joined._forward_pre_hooks
+        if hooks or type(joined) is not nn.MultiheadAttention:
+            raise ValueError(
+                f"{name}: {'hooks' if hooks else type(joined).__name__}: expected nn.MultiheadAttention "
+                "itself, without hooks, which the new layers would lose; remove them first"
             )
         W, b = joined.in_proj_weight, joined.in_proj_bias  # (3 dim, dim), (3 dim,)
         split = Attention(

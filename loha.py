@@ -59,7 +59,7 @@ class LoHaLinear(nn.Module):
         return self.linear(x) + F.linear(dropped, ((W1a @ W1b) * (W2a @ W2b)).to(x.dtype))
 
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + delta_weight, summed in float32 or wider, in W's dtype."""
+        """A plain nn.Linear with weight W + delta_weight, in W's dtype; the sum is in the factors' dtype."""
         return merged_layer(self)
 
     # Some code treats this layer as an nn.Linear and reads these: diffusers' pipelines, for example.
@@ -213,9 +213,7 @@ def merged_layer(layer) -> nn.Linear:
     merged = nn.utils.skip_init(
         nn.Linear, in_features, out_features, bias is not None, device=W.device, dtype=W.dtype
     )
-    with torch.autocast(W.device.type, enabled=False):
-        delta = layer.delta_weight()  # float32 or wider, and so is the sum
-    merged.weight.copy_(W + delta)
+    merged.weight.copy_(merged_weight(layer))
     if bias is not None:
         merged.bias.copy_(bias)
         merged.bias.requires_grad_(bias.requires_grad)
@@ -224,16 +222,18 @@ def merged_layer(layer) -> nn.Linear:
 
 
 def merged_weight(layer) -> torch.Tensor:
-    """W + delta_weight, for code that reads a layer's weight instead of calling the layer, as
-    nn.TransformerEncoderLayer does in eval mode."""
-    return layer.linear.weight + layer.delta_weight().to(layer.linear.weight.dtype)
+    """W + delta_weight, in W's dtype. Also for code that reads a layer's weight instead of calling the layer,
+    as nn.TransformerEncoderLayer does in eval mode."""
+    W = layer.linear.weight
+    with torch.autocast(W.device.type, enabled=False):
+        return (W + layer.delta_weight()).to(W.dtype)  # summed in the factors' dtype, rounded once
 
 
 # ---- The same numbers up to rounding, faster. Nothing below changes the method: you may stop here. ----
 
 
 def can_fuse(layer) -> bool:
-    """True if no dropout is on and layer.linear does F.linear and nothing else: no subclass, no hook, no
+    """True if dropout is off and layer.linear does F.linear and nothing else: no subclass, no hook, no
     forward of its own, no quantised or meta weight."""
     if layer.training and layer.dropout > 0:
         return False
@@ -266,16 +266,16 @@ def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def kept(M, W) -> torch.Tensor:
-    """M, what x is multiplied by, if it is in half precision and W is not: autocast keeps such a copy too.
-    Else nothing: backward makes M again."""
+    """M, the matrix that x is multiplied by, if its dtype is not W's (mixed precision): the frozen layer
+    under autocast keeps such a copy too. Else an empty tensor: backward makes M again."""
     return M.new_empty(0) if M.dtype == W.dtype else M
 
 
 def save(ctx, M, *tensors) -> None:
-    """Keep M, which kept has returned, and the tensors for backward."""
+    """Keep M (the result of kept), if the gradient of x needs it, and the tensors for backward."""
     ctx.mark_non_differentiable(M)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(M, *tensors)
+    ctx.save_for_backward(M if ctx.needs_input_grad[0] else M.new_empty(0), *tensors)
 
 
 def usable(M) -> bool:
@@ -284,8 +284,8 @@ def usable(M) -> bool:
 
 
 class LoHaProduct(torch.autograd.Function):
-    """x (W + delta W)^T + b for rows x (N, in), with its own backward, which keeps x alone (and what kept
-    returns).
+    """x (W + delta W)^T + b for rows x (N, in), with its own backward, which keeps x, W, the factors and
+    what kept returns.
 
     There are two forms; loha_forms picks the cheaper one for each layer and number of rows.
     Whole: delta W is built and added to W, and x is multiplied once. That takes 2 * rank multiplications for
@@ -298,7 +298,8 @@ class LoHaProduct(torch.autograd.Function):
     for rank 8 on 768 x 768), and about in * out a row in the whole form (50 %).
     """
 
-    # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
+    # For torch.func.vmap (gradients of single samples). Factors that are batched alone (ensembles) and
+    # forward mode (jvp) are not supported.
     generate_vmap_rule = True
 
     @staticmethod
@@ -338,13 +339,19 @@ def loha_backward(g, x, W, M, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
     if build:
         M = ((D1 * D2).add_(W) if form == "whole" else W).to(x.dtype)
     gx = g @ M if of_x else None
-    del M  # as large as W: what follows can use its memory
+    del M  # if it was built here, what follows can use its memory
     if of_x and form == "thin":
         gx.addmm_(v, A)
     if gradients_form == "thin":
         gW1b, gW2b = khatri_rao_backward(factor_gradient(v, x), W1b, W2b)
+        largest = 1.0
+        if (
+            x.dtype == torch.float16
+        ):  # A, while W2b is small, would be below float16's smallest number
+            largest = W2b.detach().abs().amax().clamp(min=1e-30)
+            A = khatri_rao(W1b, W2b / largest, x.dtype)
         gW1a, gW2a = khatri_rao_backward(factor_gradient(F.linear(x, A), g), W1a.T, W2a.T)
-        return gx, (gW1a.T, gW1b, gW2a.T, gW2b)
+        return gx, (largest * gW1a.T, gW1b, largest * gW2a.T, gW2b)
     G = (g.T @ x).to(W1a.dtype)  # the gradient of delta W
     of_D1 = G * D2
     gW1a, gW1b = F.linear(of_D1, W1b), factor_gradient(W1a, of_D1)

@@ -74,7 +74,7 @@ class LoKrLinear(nn.Module):
         return self.linear(x) + (W1 @ (X @ W2.T)).flatten(-2)  # (..., out_l, out_k) -> (..., out)
 
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + delta_weight, summed in float32 or wider, in W's dtype."""
+        """A plain nn.Linear with weight W + delta_weight, in W's dtype; the sum is in the factors' dtype."""
         return merged_layer(self)
 
     # Some code treats this layer as an nn.Linear and reads these: diffusers' pipelines, for example.
@@ -263,9 +263,7 @@ def merged_layer(layer) -> nn.Linear:
     merged = nn.utils.skip_init(
         nn.Linear, in_features, out_features, bias is not None, device=W.device, dtype=W.dtype
     )
-    with torch.autocast(W.device.type, enabled=False):
-        delta = layer.delta_weight()  # float32 or wider, and so is the sum
-    merged.weight.copy_(W + delta)
+    merged.weight.copy_(merged_weight(layer))
     if bias is not None:
         merged.bias.copy_(bias)
         merged.bias.requires_grad_(bias.requires_grad)
@@ -274,16 +272,18 @@ def merged_layer(layer) -> nn.Linear:
 
 
 def merged_weight(layer) -> torch.Tensor:
-    """W + delta_weight, for code that reads a layer's weight instead of calling the layer, as
-    nn.TransformerEncoderLayer does in eval mode."""
-    return layer.linear.weight + layer.delta_weight().to(layer.linear.weight.dtype)
+    """W + delta_weight, in W's dtype. Also for code that reads a layer's weight instead of calling the layer,
+    as nn.TransformerEncoderLayer does in eval mode."""
+    W = layer.linear.weight
+    with torch.autocast(W.device.type, enabled=False):
+        return (W + layer.delta_weight()).to(W.dtype)  # summed in the factors' dtype, rounded once
 
 
 # ---- The same numbers up to rounding, faster. Nothing below changes the method: you may stop here. ----
 
 
 def can_fuse(layer) -> bool:
-    """True if no dropout is on and layer.linear does F.linear and nothing else: no subclass, no hook, no
+    """True if dropout is off and layer.linear does F.linear and nothing else: no subclass, no hook, no
     forward of its own, no quantised or meta weight."""
     if layer.training and layer.dropout > 0:
         return False
@@ -316,16 +316,16 @@ def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def kept(M, W) -> torch.Tensor:
-    """M, what x is multiplied by, if it is in half precision and W is not: autocast keeps such a copy too.
-    Else nothing: backward makes M again."""
+    """M, the matrix that x is multiplied by, if its dtype is not W's (mixed precision): the frozen layer
+    under autocast keeps such a copy too. Else an empty tensor: backward makes M again."""
     return M.new_empty(0) if M.dtype == W.dtype else M
 
 
 def save(ctx, M, *tensors) -> None:
-    """Keep M, which kept has returned, and the tensors for backward."""
+    """Keep M (the result of kept), if the gradient of x needs it, and the tensors for backward."""
     ctx.mark_non_differentiable(M)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(M, *tensors)
+    ctx.save_for_backward(M if ctx.needs_input_grad[0] else M.new_empty(0), *tensors)
 
 
 def usable(M) -> bool:
@@ -341,8 +341,8 @@ def w2_factors(layer) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 
 class LoKrProduct(torch.autograd.Function):
-    """x (W + kron(W1, W2))^T + b for rows x (N, in), with its own backward, which keeps x alone (and what
-    kept returns).
+    """x (W + kron(W1, W2))^T + b for rows x (N, in), with its own backward, which keeps x, W, the factors
+    and what kept returns.
 
     There are two forms; lokr_form picks the cheaper one for each layer and number of rows.
     Apart: kron(W1, W2) vec(X) = vec(W1 X W2^T) for a row x as a matrix X (in_m, in_n), where vec reads row by
@@ -354,7 +354,8 @@ class LoKrProduct(torch.autograd.Function):
     here, and W2a is None.
     """
 
-    # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
+    # For torch.func.vmap (gradients of single samples). Factors that are batched alone (ensembles) and
+    # forward mode (jvp) are not supported.
     generate_vmap_rule = True
 
     @staticmethod
@@ -370,9 +371,9 @@ class LoKrProduct(torch.autograd.Function):
         u = swap(u).reshape(N * out_l, rank)
         M = W.to(x.dtype)
         y = F.linear(x, M, bias)
-        blocks = y.reshape(N * out_l, y.shape[1] // out_l)
-        blocks = blocks.add_(u) if W2a is None else blocks.addmm_(u, W2a.T)
-        return blocks.reshape(y.shape), kept(M, W)
+        blocks = y.view(N * out_l, y.shape[1] // out_l)  # y itself is returned: views refuse relu_
+        blocks.add_(u) if W2a is None else blocks.addmm_(u, W2a.T)
+        return y, kept(M, W)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -399,7 +400,7 @@ def lokr_backward(g, x, W, M, W1, W2a, W2b, of_x: bool) -> tuple:
     if of_x and not usable(M):
         M = (kron(W1, W2a, W2b).add_(W) if built else W).to(x.dtype)
     gx = g @ M if of_x else None
-    del M  # as large as W: what follows can use its memory
+    del M  # if it was built here, what follows can use its memory
     W1, W2a, W2b = (None if t is None else t.to(x.dtype) for t in (W1, W2a, W2b))
     N, (out_l, in_m), (rank, in_n) = len(x), W1.shape, W2b.shape
     out_k = g.shape[1] // out_l

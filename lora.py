@@ -57,7 +57,7 @@ class LoRALinear(nn.Module):
         return self.linear(x) + F.linear(z, B.to(x.dtype))  # (..., out)
 
     def merge(self) -> nn.Linear:
-        """A plain nn.Linear with weight W + delta_weight, summed in float32 or wider, in W's dtype."""
+        """A plain nn.Linear with weight W + delta_weight, in W's dtype; the sum is in the factors' dtype."""
         return merged_layer(self)
 
     # Some code treats this layer as an nn.Linear and reads these: diffusers' pipelines, for example.
@@ -211,9 +211,7 @@ def merged_layer(layer) -> nn.Linear:
     merged = nn.utils.skip_init(
         nn.Linear, in_features, out_features, bias is not None, device=W.device, dtype=W.dtype
     )
-    with torch.autocast(W.device.type, enabled=False):
-        delta = layer.delta_weight()  # float32 or wider, and so is the sum
-    merged.weight.copy_(W + delta)
+    merged.weight.copy_(merged_weight(layer))
     if bias is not None:
         merged.bias.copy_(bias)
         merged.bias.requires_grad_(bias.requires_grad)
@@ -222,16 +220,18 @@ def merged_layer(layer) -> nn.Linear:
 
 
 def merged_weight(layer) -> torch.Tensor:
-    """W + delta_weight, for code that reads a layer's weight instead of calling the layer, as
-    nn.TransformerEncoderLayer does in eval mode."""
-    return layer.linear.weight + layer.delta_weight().to(layer.linear.weight.dtype)
+    """W + delta_weight, in W's dtype. Also for code that reads a layer's weight instead of calling the layer,
+    as nn.TransformerEncoderLayer does in eval mode."""
+    W = layer.linear.weight
+    with torch.autocast(W.device.type, enabled=False):
+        return (W + layer.delta_weight()).to(W.dtype)  # summed in the factors' dtype, rounded once
 
 
 # ---- The same numbers up to rounding, faster. Nothing below changes the method: you may stop here. ----
 
 
 def can_fuse(layer) -> bool:
-    """True if no dropout is on and layer.linear does F.linear and nothing else: no subclass, no hook, no
+    """True if dropout is off and layer.linear does F.linear and nothing else: no subclass, no hook, no
     forward of its own, no quantised or meta weight."""
     if layer.training and layer.dropout > 0:
         return False
@@ -264,16 +264,16 @@ def factor_gradient(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def kept(M, W) -> torch.Tensor:
-    """M, what x is multiplied by, if it is in half precision and W is not: autocast keeps such a copy too.
-    Else nothing: backward makes M again."""
+    """M, the matrix that x is multiplied by, if its dtype is not W's (mixed precision): the frozen layer
+    under autocast keeps such a copy too. Else an empty tensor: backward makes M again."""
     return M.new_empty(0) if M.dtype == W.dtype else M
 
 
 def save(ctx, M, *tensors) -> None:
-    """Keep M, which kept has returned, and the tensors for backward."""
+    """Keep M (the result of kept), if the gradient of x needs it, and the tensors for backward."""
     ctx.mark_non_differentiable(M)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(M, *tensors)
+    ctx.save_for_backward(M if ctx.needs_input_grad[0] else M.new_empty(0), *tensors)
 
 
 def usable(M) -> bool:
@@ -282,8 +282,8 @@ def usable(M) -> bool:
 
 
 class LoRAProduct(torch.autograd.Function):
-    """x W^T + b + x A^T B^T for rows x (N, in), with its own backward, which keeps x alone (and what kept
-    returns).
+    """x W^T + b + x A^T B^T for rows x (N, in), with its own backward, which keeps x, W, the factors and
+    what kept returns.
 
     There are two forms; lora_form picks the cheaper one for each layer and number of rows.
     Apart: x passes through A and then B. Beside the frozen layer's in * out multiplications, a row takes
@@ -293,7 +293,8 @@ class LoRAProduct(torch.autograd.Function):
     The factors' gradients never need a matrix of W's size. The scale is in B.
     """
 
-    # For torch.func.vmap (gradients of single samples). Forward mode (jvp) is not supported.
+    # For torch.func.vmap (gradients of single samples). Factors that are batched alone (ensembles) and
+    # forward mode (jvp) are not supported.
     generate_vmap_rule = True
 
     @staticmethod
@@ -332,7 +333,7 @@ class LoRAProduct(torch.autograd.Function):
 
 
 def lora_form(x, W) -> str:
-    """The cheaper form, "built" or "apart", by memory access: B A, W and their sum, or y and x's gradient
-    once more."""
+    """The form with fewer memory accesses: "built" reads and writes matrices of W's size, "apart" passes once
+    more over y and over x's gradient."""
     n_out, n_in = W.shape
     return "built" if 2 * n_out * n_in <= len(x) * (n_out + n_in) else "apart"

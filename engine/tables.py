@@ -52,7 +52,7 @@ class Names:
 def agree(a: Sequence[str], b: Sequence[str]) -> bool:
     """True if the shorter list of folders is the end of the longer one."""
     n = min(len(a), len(b))
-    return list(a[len(a) - n :]) == list(b[len(b) - n :])
+    return a[len(a) - n :] == b[len(b) - n :]
 
 
 def loosened(name: str) -> str:

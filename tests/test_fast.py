@@ -206,6 +206,29 @@ def test_autocast_gives_the_float32_gradients_to_half_precision(name, dtype, mon
             ) * theirs.norm()
 
 
+@pytest.mark.parametrize("name", ROUTES)
+def test_float16_loses_no_gradient_of_a_factor_that_begins_to_learn(name, monkeypatch):
+    """After a first step, the factor that began at zero has numbers of the size of the learning rate."""
+    layer = make(force(name, monkeypatch), torch.float32)
+    (started,) = (
+        p
+        for n, p in layer.named_parameters()
+        if n in ("lora_B", "hada_w2_b", "lokr_w2", "lokr_w2_a")
+    )
+    nn.init.uniform_(started, -1e-6, 1e-6)
+    if hasattr(layer, "hada_w1_b"):
+        layer.hada_w1_b.data.mul_(0.01)
+    x = rows(64, dtype=torch.float32)
+    parameters = [p for n, p in layer.named_parameters() if not n.startswith("linear.")]
+    scale = 2**5  # as GradScaler scales a loss
+    exact = torch.autograd.grad(scale * plain(layer, x).sum(), parameters)
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x)
+    found = torch.autograd.grad(scale * y.float().sum(), parameters)
+    for ours, wanted in zip(found, exact, strict=True):
+        assert (ours - wanted).norm() < 0.05 * wanted.norm()
+
+
 @pytest.mark.parametrize("name", [name for name in APART if "both" not in name])
 def test_autocast_gives_the_output_of_a_half_precision_layer(name, monkeypatch):
     """To the bit: both keep their factors, and the factors' products, in float32."""
@@ -263,6 +286,29 @@ def test_autograd_keeps_the_input_and_the_copy_of_w_that_autocast_keeps(kind, N,
     assert sum(found.values()) == allowed
     assert sum(kept(lambda layer, x: layer.linear(x), x).values()) == 2 * matrix, "the floor"
     assert sum(kept(plain, x).values()) > allowed, "the control: the plain form"
+
+
+@every_kind
+def test_without_a_gradient_of_x_no_copy_of_w_is_kept(kind):
+    layer = make(kind, torch.float32)
+    layer.linear.requires_grad_(False)
+    x, sizes = rows(300, dtype=torch.bfloat16), []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.numel()) or t, lambda t: t
+    )
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.requires_grad and sizes.count(IN * OUT) == 1, "W itself"
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 7)])
+def test_the_output_can_be_changed_in_place(route, shape):
+    """As nn.ReLU(inplace=True) and y += residual do."""
+    layer, x = make(route), rows(*shape).requires_grad_()
+    found = gradients(layer, lambda layer, x: layer(x).add_(1).relu_(), x)
+    expected = gradients(layer, lambda layer, x: (plain(layer, x) + 1).relu(), x)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 def products(function):

@@ -139,6 +139,20 @@ def test_attention_that_cannot_be_split_is_refused_by_name(special):
         split_attention(nn.ModuleDict({"block": block}))
 
 
+def test_attention_with_hooks_or_a_forward_of_its_own_is_refused():
+    """The new layers would not run them, and nothing would say so."""
+
+    class Doubled(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)[0], None
+
+    hooked = nn.MultiheadAttention(8, 2, batch_first=True)
+    hooked.register_forward_hook(lambda *_: None)
+    for block, what in ((Doubled(8, 2, batch_first=True), "Doubled"), (hooked, "hooks")):
+        with pytest.raises(ValueError, match=f"block: {what}: expected nn.MultiheadAttention"):
+            split_attention(nn.ModuleDict({"block": block}))
+
+
 def test_the_attention_of_torch_s_own_encoder_is_refused():
     """The encoder layer reads the attention's batch_first and in_proj_weight."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
