@@ -324,13 +324,13 @@ def test_a_failed_run_ends_the_comparison_with_the_run_s_message(tmp_path, capsy
     out = tmp_path / "out"
     flags = ["--methods", "head", "--ranks", "2", "--seeds", "1", "--dropouts", "", *TINY]
     out.mkdir()
-    (out / "head-lr0.25-seed0").write_text("a file, not a folder")
+    (out / "head-lr0.1-seed0").write_text("a file, not a folder")
     assert compare.main([*flags, "--out", str(out)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
-        f"compare.py: head lr 0.25 seed 0: train.py: --out {out}/head-lr0.25-seed0:"
+        f"compare.py: head lr 0.1 seed 0: train.py: --out {out}/head-lr0.1-seed0:"
     )
-    assert str(out / "head-lr0.25-seed0.log") in line
+    assert str(out / "head-lr0.1-seed0.log") in line
     assert checkpoint.read_resume(out / "head-lr0.04-seed0" / "last.pt")["result"]  # it stays
     assert compare.main([*flags, "--out", str(out), "--epochs", "2"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
