@@ -113,7 +113,7 @@ def write(
     with atomic(out / "comparison.md") as temporary:
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     split = "test" if dataset.test else "val"
-    title = f"{config.dataset}: {len(dataset.train):,} training images, {config.model}"
+    title = f"{config.dataset}: {len(dataset.train):,} training images, {trunk(config)}"
     with atomic(out / "comparison.png") as temporary:
         pictures.plot_comparison(main, dropouts, split, temporary, title)
     with atomic(out / "rates.png") as temporary:
@@ -133,6 +133,12 @@ def summary(which: tuple, rows: list[dict]) -> dict:
         values = [row[f"{split}_accuracy"] for row in final if f"{split}_accuracy" in row]
         result[split] = mean_std(values) if values else None
     return result
+
+
+def trunk(config: Config) -> str:
+    """The trunk's name: that of its weights, after that of its shape where weights do not say it."""
+    weights = Path(config.weights).name
+    return f"{config.model}, weights {weights}" if config.model else weights
 
 
 def trials(rows: list[dict]) -> list[dict]:
@@ -222,8 +228,8 @@ def conditions(rows: list[dict], config: Config, dataset: data.Dataset, budget: 
         else "There is no test split: the learning rates were chosen on the validation images."
     )
     return (
-        f"{c.dataset}: {counts} images of {len(dataset.classes)} classes. Trunk {c.model}, weights "
-        f"{Path(c.weights).name}; epochs: {c.epochs}, batch {c.batch_size}{forwards}, alpha {c.alpha:g} at "
+        f"{c.dataset}: {counts} images of {len(dataset.classes)} classes. Trunk: "
+        f"{trunk(c)}; epochs: {c.epochs}, batch {c.batch_size}{forwards}, alpha {c.alpha:g} at "
         f"every rank, dropout of the adapters {c.adapter_dropout:g}; everything else as in the recipe "
         f"`{c.recipe}` and the command. Each run counts with its best epoch by validation accuracy. {budget} "
         f"Learning rates tried: {tried}. {tested} Seeds {', '.join(map(str, seeds))}{spread}. "
