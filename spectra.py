@@ -103,7 +103,8 @@ def draw(shown: list[Delta], title: str, path: Path) -> None:
 
 
 def draw_delta(axes, adapter: Delta):
-    """Draw delta W as an image. LoKr's blocks are framed, and labelled as multiples of the strongest one."""
+    """Draw delta W as an image. LoKr's blocks are framed, and a few of them get a number: the block as a
+    multiple of the strongest one, of W2."""
     n_out, n_in = adapter.delta.shape
     steps = [-(-size // SIDE) for size in (n_out, n_in)]
     part = adapter.delta[:: steps[0], :: steps[1]].numpy()
@@ -129,7 +130,7 @@ def draw_delta(axes, adapter: Delta):
         for i, row in enumerate(multiples(adapter.delta, adapter.blocks).tolist()):
             for j, multiple in enumerate(row):
                 middle = ((j + 0.5) * n_in / columns, (i + 0.5) * n_out / rows)
-                text = f"{multiple:+.2f} W2".replace("-", "−")
+                text = f"{multiple:+.2f}{' W2' if columns <= 2 else ''}".replace("-", "−")
                 axes.text(*middle, text, ha="center", va="center", fontsize=8, bbox=WHITE)
     return image
 
