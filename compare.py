@@ -1,4 +1,4 @@
-"""Linear probe, LoRA, LoHa, LoKr and full fine-tuning on the same images: one table, one picture.
+"""Linear probe, LoRA, LoHa, LoKr and full fine-tuning on the same images: one table, two pictures.
 
     python compare.py                                           # the demo; runs/comparison/comparison.md
     python compare.py --ranks 4,8 --seeds 1 --dropouts ""       # fewer runs
@@ -48,8 +48,8 @@ from engine.run import Stopped, check_folder
 
 HERE = Path(__file__).parent
 # Where the search for a learning rate begins, in units of --lr, from the best rates of the demo and of a
-# pretrained ViT-S/14. The adapters' ratios agree; the probe's (50, 8) and full fine-tuning's (0.4, 0.04) do
-# not, and begin between the two.
+# pretrained ViT-S/14 (docs/comparison.md). The adapters' ratios are about the same for both. The probe's (50
+# and 8) and full fine-tuning's (0.4 and 0.016) are not: their search begins between the two.
 NEAR = {"head": 20, "lora": 1, "loha": 2.5, "lokr": 6.25, "full": 0.1}
 STEP, TRIALS = 2.5, 7  # ratio of neighbouring learning rates; most rates to try
 # A comparison is stopped by ctrl-C, by kill, and by a closing terminal if the system has that signal.
@@ -230,7 +230,7 @@ def last_line(log: Path) -> str:
 
 
 def compare(argv: list[str]) -> None:
-    """Check everything, train the runs that are missing, and write the tables and the picture."""
+    """Check everything, train the runs that are missing, and write the tables and the pictures."""
     options, config, passed = read(argv)
     main, dropouts = variants(config, options)
     finals = list(dict.fromkeys(main + dropouts))

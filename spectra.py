@@ -29,8 +29,8 @@ from engine.start import load
 MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
 MARKS += [("#56B4E9", "P")]
 # The end of a layer's name: what it is called in norms.png.
-KINDS = {"query": "query", "key": "key", "value": "value", "out": "out", "mlp.0": "MLP, first"}
-KINDS |= {"mlp.3": "MLP, second"}
+KINDS = {kind: kind for kind in ("query", "key", "value", "out")}
+KINDS |= {"mlp.0": "MLP, first", "mlp.3": "MLP, second"}
 SIDE = 192  # most rows or columns in an image; of a larger delta W every second, third ... is shown
 WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
 
@@ -64,9 +64,8 @@ def read(path: str, weights: str | None) -> tuple[nn.Module, dict]:
     return model, info
 
 
-def pick(path: str, model: nn.Module, layer: str | None) -> str:
+def pick(path: str, norms: dict[str, float], layer: str | None) -> str:
     """layer, or without one the layer that its adapter changed most. ValueError if layer is not adapted."""
-    norms = relative_norms(model)
     if layer and layer not in norms:
         adapted = ", ".join(norms)
         raise ValueError(f"--layer {layer}: not adapted in {path}; expected one of: {adapted}")
@@ -216,11 +215,13 @@ def run(argv: list[str] | None) -> None:
     check_figure(Path(given.out), "--out")
     if given.norms:
         check_figure(Path(given.norms), "--norms")
+        if Path(given.norms).absolute() == Path(given.out).absolute():
+            raise ValueError(f"--norms {given.norms}: --out is the same file; choose another name")
     shown, norms, layer = [], [], given.layer
     for path in given.adapters:
         model, info = read(path, given.weights)
-        layer = pick(path, model, layer)
         norms.append(relative_norms(model))
+        layer = pick(path, norms[-1], layer)
         adapter = measure(model.get_submodule(layer), info)
         shown.append(adapter)
         print(
@@ -234,7 +235,8 @@ def run(argv: list[str] | None) -> None:
             adapter.label = f"{shorten(name, 30)}: {adapter.label}"
     draw(shown, f"delta W of {layer}", Path(given.out))
     if given.norms:
-        draw_norms([(a.label, n) for a, n in zip(shown, norms, strict=True)], Path(given.norms))
+        labels = [adapter.label.split(",")[0] for adapter in shown]  # blocks are those of one layer
+        draw_norms(list(zip(labels, norms, strict=True)), Path(given.norms))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -143,8 +143,8 @@ def fill(config, recipes: dict[str, dict]) -> None:
 
 
 def for_adapter(value, adapter: str):
-    """A value of a recipe, which may have one for each adapter. An unknown adapter is refused elsewhere."""
-    return value.get(adapter, value["lora"]) if isinstance(value, dict) else value
+    """A value of a recipe, which may have one for each adapter. check refuses an adapter that is none."""
+    return value.get(str(adapter), value["lora"]) if isinstance(value, dict) else value
 
 
 def converted(f, value):

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import textwrap
 from itertools import cycle
 from pathlib import Path
 
@@ -24,9 +25,7 @@ NAMES = {
 LINES = {"lora": (BLUE, "o"), "loha": (ORANGE, "s"), "lokr": ("#009E73", "^")}
 MATRIX = 12  # with more classes, the matrix of confusions would be too small to read
 PAIRS = 15  # of confused classes, which are shown instead
-BELOW = (
-    25  # percent; where runs fail at high rates, rates.png shows no more than this below the best
-)
+BELOW = 25  # percent below the best, where rates.png ends
 
 
 def draw_run(run, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -291,34 +290,35 @@ def plot_means(axes, method: str, rows: list[dict], places: list[float], split: 
         axes.errorbar(places, means, stds, label=NAMES[method], **style)
 
 
-def plot_rates(panels: dict[str, list[dict]], path: Path) -> None:
+def plot_rates(panels: dict[str, dict], path: Path) -> None:
     """Draw validation accuracy against the learning rate: by title, a panel for each comparison.
 
-    panels: trials, as dicts with method, rank, lr and val_accuracy, in 0..1. A colour is a method, a style of
-        line a rank.
+    panels: what report.trials returns. A colour is a method, a style of line a rank. Where runs fail at high
+        rates, the lines leave the picture.
     """
     figure = Figure(figsize=(3 + 3.4 * len(panels), 4.4), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    rows = [row for trials in panels.values() for row in trials]
-    ranks = sorted({row["rank"] for row in rows if row["rank"]})
+    keys = [key for curves in panels.values() for key in curves]
+    ranks = sorted({rank for _, rank in keys if rank})
     styles = dict(zip(reversed(ranks), cycle(("-", "--", "-.", ":"))))
     lines = {"head": ("0.6", "."), "full": ("black", "."), **LINES}
-    for axes, (title, trials) in zip(grid, panels.items(), strict=True):
-        for method, rank in {(row["method"], row["rank"]): None for row in trials}:
-            points = [r for r in trials if (r["method"], r["rank"]) == (method, rank)]
-            points = sorted((row["lr"], 100 * row["val_accuracy"]) for row in points)
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+        for (method, rank), points in curves.items():
+            lrs, accuracies = zip(*points, strict=True)
             colour, marker = lines[method]
-            style = styles.get(rank, "-")
-            axes.plot(*zip(*points, strict=True), style, color=colour, marker=marker, markersize=4)
+            look = {"color": colour, "marker": marker, "markersize": 4}
+            axes.plot(lrs, [100 * value for value in accuracies], styles.get(rank, "-"), **look)
         axes.set(xscale="log", xlabel="learning rate")
-        axes.set_title(printable(title), fontsize=10, parse_math=False)
+        axes.set_title(textwrap.fill(printable(title), 48), fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    accuracies = [100 * row["val_accuracy"] for row in rows]
-    best = max(accuracies)
-    grid[0].set_ylim(max(min(accuracies) - 1, best - BELOW), best + 1)
+    values = [
+        100 * a for curves in panels.values() for points in curves.values() for _, a in points
+    ]
+    best = max(values, default=100)
+    grid[0].set_ylim(max(min(values, default=0) - 1, best - BELOW), best + 1)
     grid[0].set_ylabel("validation accuracy (%)")
-    shown = [m for m in lines if any(row["method"] == m for row in rows)]
+    shown = [method for method in lines if method in dict(keys)]
     handles = [Line2D([], [], color=lines[m][0], marker=lines[m][1], label=NAMES[m]) for m in shown]
     handles += [Line2D([], [], color="0.4", linestyle=styles[r], label=f"rank {r}") for r in ranks]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)

@@ -26,6 +26,7 @@ from engine.adapt import ADAPT, adapt
 from engine.config import Config
 from engine.devices import Autocast, out_of_memory, pick_device, pick_dtype
 from engine.files import atomic
+from engine.weights import TORCHVISION
 
 COLUMNS = """run method rank dropout lr seed trial final val_accuracy val_loss best_epoch test_accuracy
     test_loss trainable total adapter_bytes images_per_second kept_bytes dtype""".split()
@@ -136,14 +137,22 @@ def summary(which: tuple, rows: list[dict]) -> dict:
 
 
 def trunk(config: Config) -> str:
-    """The trunk's name: that of its weights, after that of its shape where weights do not say it."""
-    weights = Path(config.weights).name
-    return f"{config.model}, weights {weights}" if config.model else weights
+    """The name of its weights; after that of the model, for weights that have a name of their own."""
+    weights = config.weights
+    if weights not in (*TORCHVISION, "none", "embedded", "in21k"):
+        return Path(weights).name
+    return f"{config.model or ('vit_mini' if weights == 'embedded' else 'vit_b_16')}, weights {weights}"
 
 
-def trials(rows: list[dict]) -> list[dict]:
-    """The rows of runs that chose a learning rate and did not diverge."""
-    return [row for row in rows if row.get("trial") and row.get("val_accuracy")]
+def trials(rows: list[dict]) -> dict[tuple, list[tuple[float, float]]]:
+    """By (method, rank), the learning rates that were tried and their validation accuracy, in 0..1, sorted;
+    0 for a run that diverged."""
+    found = {}
+    for row in rows:
+        if row.get("trial"):
+            point = float(row["lr"]), float(row.get("val_accuracy") or 0)
+            found.setdefault((row["method"], row["rank"]), set()).add(point)
+    return {key: sorted(points) for key, points in found.items()}
 
 
 def mean_std(values: list[float]) -> tuple[float, float | None]:

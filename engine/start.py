@@ -149,7 +149,9 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
     for key, value in settings.items():
         if key in config.filled and getattr(config, key) == config.filled[key]:
             setattr(config, key, value)
-    if "lr" in config.filled:  # the recipe's, for the adapter that the settings named
+    if (
+        config.filled.get("lr") == config.lr
+    ):  # the recipe's rate, for the adapter that the settings name
         config.lr = for_adapter(RECIPES[config.recipe].get("lr", config.lr), config.adapter)
     check(config)
     check_weights(config.weights)

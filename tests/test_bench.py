@@ -49,23 +49,29 @@ def test_a_bench_writes_a_figure_for_every_row(name, tmp_path):
 def test_rates_says_where_each_plateau_begins_and_ends(tmp_path):
     """Accuracies on straight lines over log(rate): LoRA's falls on both sides, LoKr's does not."""
     rows = [("lora", 2, 0.001, 0.8), ("lora", 2, 0.01, 0.9), ("lora", 2, 0.1, 0.85)]
-    rows += [("lora", 2, 1.0, ""), ("lokr", 2, 0.01, 0.7), ("lokr", 2, 0.1, 0.8)]  # "": it diverged
+    rows += [("lokr", 2, 0.01, 0.7), ("lokr", 2, 0.1, 0.8)]
+    rows += [("loha", 2, 0.01, 0.7), ("loha", 2, 0.1, "")]  # it diverged: an accuracy of 0
     columns = "method rank lr val_accuracy dropout seed trial".split()
     with open(tmp_path / "a.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([columns, *((*row, 0, 0, 1) for row in rows), (*rows[0], 0, 1, "")])
-    command = [sys.executable, str(ROOT / "bench" / "rates.py"), "rates.png", "here=a.csv"]
+    command = [sys.executable, str(ROOT / "bench" / "rates.py"), "rates.png", "a: title: a.csv"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
+    titles = [
+        "| what trains | rank | best rate | accuracy, % | plateau | ratio |",
+        "|---" * 6 + "|",
+    ]
     # 2 points below 90 % lie 4/5 up from 0.001 to 0.01, and 2/5 down from 0.01 to 0.1.
     low, high = 0.001 * 10**0.8, 0.01 * 10**0.4
     lora = f"| LoRA | 2 | 0.01 | 90.0 | {low:.2g} to {high:.2g} | {high / low:.1f} |"
     lokr = f"| LoKr | 2 | 0.1 | 80.0 | {0.1 * 10**-0.2:.2g} to 0.1 | at least {10**0.2:.1f} |"
-    assert process.stdout.splitlines()[-2:] == [lora, lokr]
+    loha = f"| LoHa | 2 | 0.01 | 70.0 | 0.01 to {0.01 * 10 ** (2 / 70):.2g} | at least 1.1 |"
+    assert process.stdout.splitlines()[1:] == ["a: title", "", *titles, lora, lokr, loha]
     with Image.open(tmp_path / "rates.png") as picture:
         colours = picture.convert("RGB").getcolors(1 << 24)
     found = {colour for _, colour in colours}
-    assert {(0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73)} <= found and (0xD5, 0x5E, 0x00) not in found
+    assert {(0x00, 0x72, 0xB2), (0x00, 0x9E, 0x73), (0xD5, 0x5E, 0x00)} <= found
 
 
 def test_vit_s14_takes_the_trunk_out_of_the_package(tmp_path):

@@ -251,6 +251,29 @@ def test_the_search_leaves_the_grid_only_at_its_edge(accuracies, tried):
     assert compare.best_lr(scores) == max(sorted(accuracies), key=accuracies.get)
 
 
+def test_rates_png_of_runs_that_recognise_nothing(tmp_path):
+    rows = [{"method": "lora", "rank": 2, "lr": 0.1, "trial": 1, "val_accuracy": 0.0}]
+    rows += [{"method": "lora", "rank": 2, "lr": 0.01, "trial": 1}, {"method": "head", "final": 1}]
+    found = report.trials(rows)
+    assert found == {("lora", 2): [(0.01, 0.0), (0.1, 0.0)]}
+    for curves in (found, {}):
+        pictures.plot_rates({"nothing": curves}, tmp_path / "rates.png")
+        assert Image.open(tmp_path / "rates.png").size[0] > 900
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("", "vit_mini, weights embedded"),
+        ("--recipe tiny-imagenet-lora --model vit_l_16", "vit_l_16, weights imagenet1k"),
+        ("--recipe food101-lora", "vit_b_16, weights in21k"),
+        ("--weights some/where/vit_s14", "vit_s14"),
+    ],
+)
+def test_the_trunk_has_a_name(flags, name):
+    assert report.trunk(parse(flags.split())) == name
+
+
 def test_the_smaller_loss_decides_between_equal_accuracies():
     assert compare.best_lr({0.1: (0.9, -2.0), 0.2: (0.9, -1.0), 0.3: (0.8, -0.1)}) == 0.2
 

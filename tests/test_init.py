@@ -131,6 +131,9 @@ def test_flags_win_over_the_adapter_and_must_fit_it(pets, capsys):
     assert config.lr == RECIPES["demo"]["lr"]["lokr"]  # the rate follows the adapter
     config, _, _ = begin(parse([*QUICK, "--init-adapter", "b.safetensors"]))
     assert config.lr == 1e-30
+    config = parse(["--init-adapter", "b.safetensors"])
+    config.lr = 0.125  # from Python
+    assert begin(config)[0].lr == 0.125
     for flags, message in [
         ("--rank 5", "expected shape (5, 128), found (3, 128)"),
         ("--adapter loha", "hada_w1_a: expected shape (128, 3), found no such tensor"),

@@ -290,6 +290,7 @@ def test_an_adapter_that_has_learnt_nothing_is_drawn(drawn, tmp_path, capsys):
         ("lora.safetensors --out x.doc", "--out x.doc: expected a name that ends in"),
         ("lora.safetensors --out no/x.png", "--out no/x.png: no is not a folder"),
         ("lora.safetensors --norms no/x.png", "--norms no/x.png: no is not a folder"),
+        ("lora.safetensors --norms ./delta.png", "--norms ./delta.png: --out is the same file"),
         ("lora.safetensors --weights no.pth", "no.pth"),
         ("", "required: adapters; see --help"),
     ],
@@ -317,6 +318,7 @@ def test_norms_of_every_layer_are_drawn(drawn, tmp_path, capsys):
     flags = ["--out", str(tmp_path / "x.png"), "--norms", str(tmp_path / "norms.png")]
     assert spectra.main([*files, *flags]) == 0
     figure = drawn[-1]
+    assert [axes.get_title() for axes in figure.axes] == ["LoRA rank 3", "LoKr rank 2"]
     for axes, norms in zip(figure.axes, wanted, strict=True):
         ends = {"query": "self_attention.query", "key": "self_attention.key"}
         ends |= {"value": "self_attention.value", "out": "self_attention.out"}
