@@ -53,11 +53,11 @@ def load(folder, augment, prepare):
 
 
 def train(model, epochs, val, writer, lr, weight_decay=0.03):
-    """Train what is not frozen; return the last val accuracy. lr: LoHa wants 2.5, LoKr 6 times LoRA's."""
+    """Return the last val accuracy. lr: for LoHa take 2.5 times as much as for LoRA, for LoKr 6 times."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
     step, steps = 0, sum(map(len, epochs))
-    for batches in epochs:  # of each epoch
+    for batches in epochs:  # epochs[i] has the batches of epoch i
         model.train()
         for images, labels in batches:  # (B, 3, H, W), (B,)
             optimizer.param_groups[0]["lr"] = rate = lr * (1 - step / steps)  # linear to zero

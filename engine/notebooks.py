@@ -179,7 +179,7 @@ SETTINGS = {}
 # SETTINGS = {"dataset": "csv", "data_dir": "/kaggle/input/leaves"}  # train.csv, and images anywhere
 # SETTINGS = {"recipe": "food101-lokr"}  # all of Food 101
 # SETTINGS = {"adapter": "lokr", "lr": 6e-3, "epochs": 2}  # any flag of train.py but out and resume
-# (with photographs, LoHa wants 2.5 times and LoKr 6 times LoRA's lr of 1e-3; the digits' recipe knows this)
+# For photographs, take 2.5 times LoRA's lr of 1e-3 for LoHa, 6 times for LoKr. The digits' recipe does so.
 COMPARE = None  # more adapters to train: ["lokr", "loha"]; None: lokr, but only on the digits
 HOURS = 11.0  # from the first cell on; then training saves and stops
 """),
