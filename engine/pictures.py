@@ -25,7 +25,7 @@ NAMES = {
 LINES = {"lora": (BLUE, "o"), "loha": (ORANGE, "s"), "lokr": ("#009E73", "^")}
 MATRIX = 12  # with more classes, the matrix of confusions would be too small to read
 PAIRS = 15  # of confused classes, which are shown instead
-BELOW = 25  # percent below the best, where rates.png ends
+BELOW = 20  # percent below the best, where rates.png ends
 
 
 def draw_run(run, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -297,7 +297,7 @@ def plot_rates(panels: dict[str, dict], path: Path) -> None:
         rates, the lines leave the picture.
     """
     figure = Figure(figsize=(3 + 3.4 * len(panels), 4.4), layout="constrained")
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
     keys = [key for curves in panels.values() for key in curves]
     ranks = sorted({rank for _, rank in keys if rank})
     styles = dict(zip(reversed(ranks), cycle(("-", "--", "-.", ":"))))
@@ -308,15 +308,13 @@ def plot_rates(panels: dict[str, dict], path: Path) -> None:
             colour, marker = lines[method]
             look = {"color": colour, "marker": marker, "markersize": 4}
             axes.plot(lrs, [100 * value for value in accuracies], styles.get(rank, "-"), **look)
+        values = [100 * accuracy for points in curves.values() for _, accuracy in points]
+        best = max(values, default=100)
+        axes.set_ylim(max(min(values, default=0) - 1, best - BELOW), best + 1)
         axes.set(xscale="log", xlabel="learning rate")
         axes.set_title(textwrap.fill(printable(title), 48), fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    values = [
-        100 * a for curves in panels.values() for points in curves.values() for _, a in points
-    ]
-    best = max(values, default=100)
-    grid[0].set_ylim(max(min(values, default=0) - 1, best - BELOW), best + 1)
     grid[0].set_ylabel("validation accuracy (%)")
     shown = [method for method in lines if method in dict(keys)]
     handles = [Line2D([], [], color=lines[m][0], marker=lines[m][1], label=NAMES[m]) for m in shown]
