@@ -49,7 +49,7 @@ class Attention(nn.Module):
 def attend(q, k, v):
     """softmax(q kᵀ / sqrt(dim / heads)) v, for (B, heads, T, dim / heads), as plain products.
 
-    In bfloat16 on a CPU that multiplies it natively, this takes a third (197 tokens) to a sixth (65) of the
+    In bfloat16 on a CPU that multiplies it natively, this takes a third (197 tokens) to a fifth (65) of the
     time of torch's kernel, forward and backward together. Subtracting the mean key shifts all scores of a
     query by the same number, which does not change the softmax, and the scores become smaller (Zhang et al.,
     SageAttention, 2024, arXiv 2410.02367). That matters because they are rounded to bfloat16; torch's kernel

@@ -35,7 +35,7 @@ import predict
 import spectra
 import train
 import vit
-from engine import checkpoint, config_sdxl, pictures, weights
+from engine import checkpoint, config_sdxl, pictures, report, weights
 from engine.adapt import ADAPT, ADAPTERS, adapt
 from engine.config import FREE, RECIPES, Config, flag, parse
 
@@ -549,6 +549,27 @@ def test_figures_of_the_vit_s_are_the_comparison_s():
     assert rate["LoKr"] / rate["LoRA"] == pytest.approx(6.25)
     sizes = {row[0]: int(row[2].replace(",", "")) for row in rows}
     assert round(sizes["LoRA"] / sizes["LoKr"]) == 11 and "an eleventh of LoRA's parameters" in said
+
+
+def test_best_rates_of_the_vit_s_are_those_of_the_tables():
+    folder = ROOT / "assets" / "vit_s14"
+    tables = [[*report.read(folder / f"{n}.csv")] for n in ("comparison", "ranks", "alpha")]
+    found = {"alpha 8": tables[0] + tables[1], "alpha = rank": tables[2]}
+    shown = (
+        TEXTS["comparison.md"].split("| ViT-S/14 | rank 2 | rank 8 | rank 16 |")[1].split("\n\n")[0]
+    )
+    for line in shown.splitlines()[2:]:
+        (name, alpha), *best = cells(line)[0].split(", "), *cells(line)[1:]
+        trials = report.trials(found[alpha])
+        for rank, cell in zip((2, 8, 16), best, strict=False):
+            points = trials.get((name.lower(), rank))
+            assert bool(points) == bool(cell), line
+            if points:
+                accuracy = max(accuracy for _, accuracy in points)
+                rates = {
+                    f"{lr:g} ({100 * accuracy:.1f})" for lr, value in points if value == accuracy
+                }
+                assert cell in rates, line
 
 
 def test_what_the_pages_say_of_the_comparison_is_in_it():
