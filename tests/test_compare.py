@@ -330,7 +330,7 @@ def test_divergence_of_every_trial_or_of_a_final_run_ends_the_comparison(
     assert compare.main(flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == "compare.py: lora rank 2: diverged at every learning rate; try a smaller --lr"
-    assert len(list(tmp_path.glob("out/*.log"))) == 5
+    assert len(list(tmp_path.glob("out/*.log"))) == compare.TRIALS
     monkeypatch.setattr(compare.Comparison, "launch", None)  # they are not tried again
     assert compare.main(flags) == 2 and capsys.readouterr().err.strip() == line
 

@@ -167,7 +167,7 @@ def test_commands_of_compare(tmp_path, monkeypatch, capsys):
         if "tiny-imagenet-lora" in flags:
             flags += "--weights none --image-size 32 --amp off".split()
         if "vit_s14" in flags:  # 88 MB
-            flags += "--weights embedded --image-size 28".split()
+            flags += "--weights embedded --image-size 28 --limit 20".split()
         assert compare.main([*flags, "--out", f"runs/{i}"]) == 0, capsys.readouterr().err
         assert (tmp_path / "runs" / str(i) / "comparison.png").is_file()
         classes = (tmp_path / "runs" / str(i) / "comparison.md").read_text("utf-8")
