@@ -26,8 +26,8 @@ from engine.pictures import BLUE, NAMES, ORANGE, check_figure, entitle, shorten
 from engine.start import load
 
 # Okabe and Ito's colours differ without colour vision too; the marks differ without any colour.
-MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
-MARKS += [("#56B4E9", "P")]
+MARKS = [(BLUE, "o"), (ORANGE, "s"), ("#000000", "^"), ("#009E73", "D")]
+MARKS += [("#CC79A7", "v"), ("#56B4E9", "P")]
 # The end of a layer's name: what it is called in norms.png.
 KINDS = {kind: kind for kind in ("query", "key", "value", "out")}
 KINDS |= {"mlp.0": "MLP, first", "mlp.3": "MLP, second"}

@@ -149,9 +149,8 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
     for key, value in settings.items():
         if key in config.filled and getattr(config, key) == config.filled[key]:
             setattr(config, key, value)
-    if (
-        config.filled.get("lr") == config.lr
-    ):  # the recipe's rate, for the adapter that the settings name
+    # The recipe's rate is that of the adapter, which the settings may have changed.
+    if config.filled.get("lr") == config.lr:
         config.lr = for_adapter(RECIPES[config.recipe].get("lr", config.lr), config.adapter)
     check(config)
     check_weights(config.weights)
