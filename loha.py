@@ -345,9 +345,8 @@ def loha_backward(g, x, W, M, W1a, W1b, W2a, W2b, of_x: bool) -> tuple:
     if gradients_form == "thin":
         gW1b, gW2b = khatri_rao_backward(factor_gradient(v, x), W1b, W2b)
         largest = 1.0
-        if (
-            x.dtype == torch.float16
-        ):  # A, while W2b is small, would be below float16's smallest number
+        # While W2b is small, A would be below float16's smallest number.
+        if x.dtype == torch.float16:
             largest = W2b.detach().abs().amax().clamp(min=1e-30)
             A = khatri_rao(W1b, W2b / largest, x.dtype)
         gW1a, gW2a = khatri_rao_backward(factor_gradient(F.linear(x, A), g), W1a.T, W2a.T)

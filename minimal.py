@@ -53,7 +53,7 @@ def load(folder, augment, prepare):
 
 
 def train(model, epochs, val, writer, lr, weight_decay=0.03):
-    """Return the last val accuracy. lr: for LoHa take 2.5 times as much as for LoRA, for LoKr 6 times."""
+    """Train; return the last val accuracy. lr: LoHa needs 2.5 times, LoKr 6 times as much as LoRA."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
     step, steps = 0, sum(map(len, epochs))
