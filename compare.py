@@ -9,8 +9,9 @@ with seed 0, and validation accuracy chooses one. Then the final runs are traine
 also with every dropout. Each final run is tested once.
 
 train.py does every run, with --resume, in a folder inside --out, so that the same command resumes a stopped
-comparison. (After SIGKILL, runs that are training continue to their end first.) --jobs trains several runs at
-once: on a CPU they share the threads, which changes the last bits of the results; on GPUs each run has one.
+comparison. (After SIGKILL, runs that are training continue, and until they end the command is refused.)
+--jobs trains several runs at once: on a CPU they share the threads, which changes the last bits of the
+results; on GPUs each run has one.
 """
 
 import math
@@ -35,6 +36,8 @@ import vit
 from engine import checkpoint, images, pictures, report, weights
 from engine.adapt import ADAPTERS, adapt, check_rank
 from engine.config import (
+    FREE,
+    LOAD,
     Config,
     Parser,
     check,
@@ -44,7 +47,9 @@ from engine.config import (
     refuse_changes,
 )
 from engine.devices import pick_device
+from engine.files import read_json
 from engine.run import Stopped, check_folder
+from engine.start import data_identity
 
 HERE = Path(__file__).parent
 # Where the search for a learning rate begins, in units of --lr, from the best rates of the demo and of a
@@ -54,9 +59,6 @@ NEAR = {"head": 20, "lora": 1, "loha": 2.5, "lokr": 6.25, "full": 0.1}
 STEP, TRIALS = 2.5, 7  # ratio of neighbouring learning rates; most rates to try
 # A comparison is stopped by ctrl-C, by kill, and by a closing terminal if the system has that signal.
 STOPS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-LOAD = (  # the arguments of data.load
-    "dataset data_dir limit classes download holdout folds fold labels image_column label_column"
-).split()
 OWN = (
     "adapter rank seed resume test init_adapter".split()
 )  # flags that compare.py sets for each run
@@ -163,13 +165,17 @@ class Comparison:
 
     def result(self, config: Config) -> dict | None:
         """The result of a finished run; None if train.py has to train, to test or to refuse it."""
-        last = Path(config.out) / "last.pt"
+        last, settings = (Path(config.out) / name for name in ("last.pt", "config.json"))
+        # The trunk's hash is not read here, so its name must be the same.
+        free = set(FREE) - {"weights", "model"}
+        if settings.exists() and settings.stat().st_size:  # a kill at the start leaves it empty
+            refuse_changes(config, read_json(settings), free)
         if not last.exists():
             return None
         saved = checkpoint.read_resume(last, mmap=True)
-        refuse_changes(config, saved["config"])
-        counts = [len(self.dataset.train), len(self.dataset.val)]
-        result = saved["result"] if saved["identity"]["images"] == counts else None
+        refuse_changes(config, saved["config"], free)
+        same = data_identity(config, self.dataset).items() <= saved["identity"].items()
+        result = saved["result"] if same else None
         return result if not config.test or "test_accuracy" in (result or {}) else None
 
     def launch(self, flags: list[str], log: Path) -> int:
@@ -234,7 +240,7 @@ def compare(argv: list[str]) -> None:
     options, config, passed = read(argv)
     main, dropouts = variants(config, options)
     finals = list(dict.fromkeys(main + dropouts))
-    refuse_to_lose(Path(options.out) / "comparison.csv", finals, options.seeds)
+    refuse_to_lose(Path(options.out) / "comparison.csv", finals, options.seeds, config.lr)
     dataset = ready(config, options)
     runs = Comparison(config, dataset, passed, options.jobs)
     runs.planned = 3 * len(main) + options.seeds * len(finals)
@@ -251,14 +257,15 @@ def compare(argv: list[str]) -> None:
     print(f"{runs.out}: comparison.md, comparison.csv, comparison.png and rates.png are written")
 
 
-def refuse_to_lose(table: Path, finals: list[Variant], seeds: int) -> None:
-    """Raise ValueError if the table has runs that this comparison would drop from it."""
+def refuse_to_lose(table: Path, finals: list[Variant], seeds: int, lr: float) -> None:
+    """Raise ValueError if the table has runs that this comparison, around this lr, would drop from it."""
     for row in report.read(table) if table.exists() else []:
         old = Variant(*report.variant(row))
-        if old not in finals or row["seed"] >= seeds:
+        steps = math.log(row["lr"] / (NEAR[old.method] * lr), STEP)
+        if old not in finals or row["seed"] >= seeds or abs(steps - round(steps)) > 0.01:
             raise ValueError(
-                f"{table}: has {old} seed {row['seed']}, which this comparison would drop; choose another "
-                "--out, or include it (a run that has finished is not trained again)"
+                f"{table}: has {old} lr {row['lr']:g} seed {row['seed']}, which this comparison would drop; "
+                "choose another --out, or include it (a run that has finished is not trained again)"
             )
 
 

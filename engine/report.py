@@ -38,6 +38,7 @@ def kept(config: Config, classes: int) -> int | None:
     model, preprocessing = vit.build(
         c.model, c.weights, classes, c.image_size, c.head_dropout, heads=c.heads
     )
+    model.encoder.layers.recompute = c.recompute
     arguments = {key: getattr(c, key) for key in ADAPT}
     # No module_dropout: every adapter takes part in this batch.
     adapt(model, dropout=c.adapter_dropout, **arguments)
@@ -75,13 +76,13 @@ def variant(row: dict) -> tuple:
 
 
 def read(table: Path) -> list[dict]:
-    """The rows of a comparison.csv, with rank, dropout and seed as numbers. ValueError for any other file."""
+    """The rows of a comparison.csv, with numbers for rank, dropout, lr, seed; ValueError for another file."""
     with open(table, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
         for row in rows:
             row["rank"], row["dropout"] = int(row["rank"] or 0) or None, float(row["dropout"])
-            row["seed"] = int(row["seed"])
+            row["seed"], row["lr"] = int(row["seed"]), float(row["lr"])
         return rows
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{table}: not a table of compare.py; choose another --out") from None
@@ -236,11 +237,12 @@ def conditions(rows: list[dict], config: Config, dataset: data.Dataset, budget: 
         if dataset.test
         else "There is no test split: the learning rates were chosen on the validation images."
     )
+    best = "balanced accuracy" if c.best_by == "balanced" else c.best_by
     return (
         f"{c.dataset}: {counts} images of {len(dataset.classes)} classes. Trunk: "
         f"{trunk(c)}; epochs: {c.epochs}, batch {c.batch_size}{forwards}, alpha {c.alpha:g} at "
         f"every rank, dropout of the adapters {c.adapter_dropout:g}; everything else as in the recipe "
-        f"`{c.recipe}` and the command. Each run counts with its best epoch by validation accuracy. {budget} "
+        f"`{c.recipe}` and the command. Each run counts with its best epoch by validation {best}. {budget} "
         f"Learning rates tried: {tried}. {tested} Seeds {', '.join(map(str, seeds))}{spread}. "
         "images/s was measured in the last epoch of training; kept is the memory that autograd keeps for the "
         f"backward pass of one batch, without parameters. {machine(c, dtypes)} One trunk, one data set and "

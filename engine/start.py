@@ -17,7 +17,7 @@ import data
 import vit
 from engine import checkpoint, devices
 from engine.adapt import ADAPT, adapt, check_rank
-from engine.config import RECIPES, Config, check, check_sizes, for_adapter, refuse_changes
+from engine.config import LOAD, RECIPES, Config, check, check_sizes, for_adapter, refuse_changes
 from engine.files import read_json
 from engine.images import keep
 from engine.peft_folder import CONFIG, fill
@@ -57,9 +57,7 @@ def prepare(config: Config) -> Run:
     checkpoint.seed_generators(config.seed)
     c = config
     with devices.in_turn():
-        split = (c.holdout, c.folds, c.fold)
-        table = (c.labels, c.image_column, c.label_column)
-        dataset = data.load(c.dataset, c.data_dir, c.limit, c.classes, c.download, *split, *table)
+        dataset = data.load(*(getattr(c, key) for key in LOAD))
         check_sizes(config, len(dataset.train), dataset.test is not None)
         shape = shape_of(last, config) if last else source.shape if source else {}
         model, preprocessing = vit.build(
@@ -92,11 +90,7 @@ def prepare(config: Config) -> Run:
     shared = {"classes": dataset.classes, "trunk": trunk, "preprocessing": preprocessing}
     info = {**settings, "weights": full_name(c.weights), "seed": c.seed}
     info |= {"shape": model.shape, **shared}
-    identity = {"images": [len(dataset.train), len(dataset.val)], **shared}
-    if c.dataset == "csv":  # a table may change under its name
-        identity["labels"] = [
-            crc32(split.labels.tobytes()) for split in (dataset.train, dataset.val)
-        ]
+    identity = data_identity(c, dataset) | shared
     refuse_others(config, identity, last)
     unreadable = [split.bad for split in (dataset.train, dataset.val)]
     if last:
@@ -119,6 +113,15 @@ def prepare(config: Config) -> Run:
         extra={"unreadable": unreadable, "shape": model.shape},
         started=started,
     )
+
+
+def data_identity(config: Config, dataset: data.Dataset) -> dict:
+    """What last.pt holds of the data, for a resumed run to compare."""
+    splits = (dataset.train, dataset.val)
+    identity = {"images": [len(split) for split in splits], "classes": dataset.classes}
+    if config.dataset == "csv":  # a table may change under its name
+        identity["labels"] = [crc32(split.labels.tobytes()) for split in splits]
+    return identity
 
 
 def shape_of(last: dict, config: Config) -> dict:
@@ -154,9 +157,22 @@ def begin(config: Config) -> tuple[Config, dict | None, Source | None]:
         config.lr = for_adapter(RECIPES[config.recipe].get("lr", config.lr), config.adapter)
     check(config)
     check_weights(config.weights)
+    if source and source.info:
+        check_random(config, source)
     if last:
         refuse_changes(config, previous)
     return config, last, source
+
+
+def check_random(config: Config, source: Source) -> None:
+    """Raise ValueError if the adapter was trained on a random trunk, and this run would have another one."""
+    info = source.info
+    if info["weights"] == "none" and info["adapter"] != "full":
+        if (config.weights, config.seed) != ("none", info["seed"]):
+            raise ValueError(
+                f"--init-adapter {source.path}: its trunk is random: expected --weights none "
+                f"--seed {info['seed']}, found --weights {config.weights} --seed {config.seed}"
+            )
 
 
 def read_source(path: str) -> Source:

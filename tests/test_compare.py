@@ -291,6 +291,7 @@ def test_kept_is_what_autograd_saves():
     lora = {rank: kept("--adapter", "lora", "--rank", str(rank)) for rank in (2, 8)}
     factors = 6 * (4 * 128 + 128 + 512)
     assert lora[8] - lora[2] == (8 - 2) * factors * 4
+    assert kept("--adapter", "lora", "--rank", "2", "--recompute") < lora[2] / 4
     full = kept("--adapter", "full")
     assert 20 * probe < lora[2] < 1.1 * full
     images = 8 * 3 * 14 * 14 * 4  # kept only if the weights of the patches train
@@ -360,6 +361,40 @@ def test_a_failed_run_ends_the_comparison_with_the_run_s_message(tmp_path, capsy
     assert "--epochs was 1, is now 2" in line
 
 
+def test_runs_of_another_trunk_or_other_data_are_not_taken_for_this_comparison_s(
+    tmp_path, monkeypatch, capsys
+):
+    photos = tmp_path / "photos"
+    pets(photos)
+    monkeypatch.chdir(tmp_path)
+    flags = "--methods head --seeds 1 --dataset folder --data-dir photos --epochs 1 --out out"
+    flags = [*flags.split(), "--image-size", "14", "--workers", "0"]
+    assert compare.main(flags) == 0
+    assert compare.main([*flags, "--weights", "none"]) == 2
+    assert "--weights was embedded, is now none" in capsys.readouterr().err
+    first = min(path for path in photos.iterdir() if path.is_dir())
+    first.rename(photos / "a new name")
+    assert compare.main(flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "last.pt: classes was" in line and "a new name" in line
+
+
+def test_a_run_that_diverged_with_other_settings_says_nothing_of_these(
+    tmp_path, monkeypatch, capsys
+):
+    def diverges(self, flags, log):  # in its first epoch
+        launch(self, flags, log)
+        (log.with_suffix("") / "last.pt").unlink()
+        return diverge(log)
+
+    flags = ["--methods", "head", "--out", str(tmp_path / "out"), *TINY]
+    monkeypatch.setattr(compare.Comparison, "launch", diverges)
+    assert compare.main([*flags, "--label-smoothing", "0.5"]) == 2
+    assert "diverged at every learning rate" in capsys.readouterr().err
+    assert compare.main(flags) == 2
+    assert "--label-smoothing was 0.5, is now 0.0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -394,11 +429,11 @@ def test_without_a_test_split_the_table_says_so(tmp_path, monkeypatch):
     pets(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     flags = "--methods head --seeds 1 --dataset folder --data-dir photos --epochs 1 --out out"
-    assert compare.main([*flags.split(), "--image-size", "14", "--workers", "0"]) == 0
+    flags = [*flags.split(), "--image-size", "14", "--workers", "0", "--best-by", "loss"]
+    assert compare.main(flags) == 0
     assert {row["test_accuracy"] for row in read_rows(tmp_path / "out")} == {""}
-    assert "There is no test split" in (tmp_path / "out" / "comparison.md").read_text(
-        encoding="utf-8"
-    )
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert "There is no test split" in text and "its best epoch by validation loss." in text
     (line,) = read_tables(tmp_path / "out")["Comparison"]
     assert line[6] == "" and "±" not in line[5] and float(line[5]) >= 0
 
@@ -426,11 +461,14 @@ def test_a_table_is_not_replaced_by_a_smaller_one(whole, tmp_path, capsys):
     flags = ["--seeds", "2", "--out", str(whole), *TINY]
     assert compare.main(["--methods", "lora", "--ranks", "2", *flags]) == 2
     error = capsys.readouterr().err
-    assert "comparison.csv: has head seed 0, which this comparison would drop" in error
+    assert re.search(r"comparison.csv: has head lr \S+ seed 0, which this comparison would", error)
     assert error.count("\n") == 1
     flags = ["--ranks", "2", "--dropouts", "0.5", "--seeds", "1", "--out", str(whole), *TINY]
     assert compare.main(flags) == 2
-    assert "has head seed 1, which" in capsys.readouterr().err
+    assert re.search(r"has head lr \S+ seed 1, which", capsys.readouterr().err)
+    flags[flags.index("1")] = "2"
+    assert compare.main([*flags, "--lr", "0.004"]) == 2  # all other rates, so none of these rows
+    assert re.search(r"has head lr \S+ seed 0, which", capsys.readouterr().err)
     assert (whole / "comparison.csv").read_bytes() == before
     (tmp_path / "comparison.csv").write_text("a,b\n1,2\n")
     assert compare.main(["--methods", "head", "--out", str(tmp_path), *TINY]) == 2

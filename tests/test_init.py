@@ -38,6 +38,20 @@ def tensors(path):
     return checkpoint.read_adapter(path)[0]
 
 
+def test_a_random_trunk_is_drawn_again_from_its_seed_or_refused(pets, capsys):
+    random = "--model vit_mini --weights none --image-size 28".split()
+    assert train.main([*QUICK, *random, "--seed", "3", "--out", "a"]) == 0
+    start = [*QUICK, "--init-adapter", "a"]
+    capsys.readouterr()
+    for other in ([], ["--seed", "3", "--weights", "embedded"]):
+        assert train.main([*start, *other, "--out", "b"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert "a: its trunk is random: expected --weights none --seed 3, found" in line
+    assert train.main([*start, "--seed", "3", "--out", "b"]) == 0
+    for key, tensor in tensors("a/adapter.safetensors").items():
+        torch.testing.assert_close(tensors("b/adapter.safetensors")[key], tensor, msg=key)
+
+
 @pytest.mark.parametrize("case", ["lora", "loha", "lokr-both", "head", "full"])
 def test_a_run_starts_from_the_adapter_s_tensors_and_settings(case, pets, capsys):
     """With a learning rate of almost 0, the run ends with the adapter it started from, head included."""

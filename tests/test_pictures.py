@@ -251,6 +251,13 @@ def test_the_most_changed_layer_is_drawn_and_equal_labels_get_file_names(drawn, 
     assert [f"LoHa rank 2, {layer}:" in line for line in lines] == [True, True], lines
     assert f"delta W of {layer}" in texts(drawn[0])
     assert {text[:15] for text in texts(drawn[0])} >= {"a: LoHa rank 2\n", "b: LoHa rank 2\n"}
+    for name, file in zip(("lr0.1-seed0", "lr0.1-seed1"), files, strict=True):  # runs of compare.py
+        (tmp_path / name).mkdir()
+        os.rename(file, tmp_path / name / "adapter.safetensors")
+    runs = [str(tmp_path / "lr0.1-seed0"), str(tmp_path / "lr0.1-seed1")]
+    assert spectra.main([*runs, "--out", str(tmp_path / "x.png")]) == 0
+    labels = {text.split(":")[0] for text in texts(drawn[-1])}
+    assert labels >= {"lr0.1-seed0", "lr0.1-seed1"}
 
 
 def test_a_peft_folder_has_the_spectrum_of_its_adapter_file(drawn, tmp_path, monkeypatch, capsys):
