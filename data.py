@@ -35,6 +35,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.models import ViT_B_16_Weights
 
+from engine.files import printable
 from engine.images import Crops, Requests, Split, ignore_interrupts, senders, stand_in, usable
 from engine.tables import SAMPLES, TABLES, choose, labelled
 
@@ -111,7 +112,7 @@ def load(
             raise
         fetch(name, data_dir or "data")
         splits, names = SOURCES[name](data_dir or "data")
-    if "val" not in splits and not folds:
+    if "val" not in splits and not (holdout or folds):
         everything = splits["train"]
         parts = stratified(relative(everything.files), everything.labels, [0.8])
         splits |= zip(("train", "val"), map(everything.rows, parts), strict=True)
@@ -213,8 +214,7 @@ def batches(
                 worker_init_fn=ignore_interrupts,
             )
         reader.batch_sampler.batches = requests
-        loader = reader
-        loader = (crops.mend(*batch) for batch in loader)
+        loader = (crops.mend(*batch) for batch in reader)
         if cpu:
             loader = (crops.on_cpu(images, len(images)) for images in loader)
         else:
@@ -436,6 +436,7 @@ def imagenet(data_dir: str | None):
                 (row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(file)
             ]
         number = {wnid: label for label, wnid in enumerate(ids)}
+        rows = [(image, wnid) for image, wnid in rows if wnid in number]
         files = [str(root / "val" / f"{image}.JPEG") for image, _ in rows]
         splits["val"] = Split(np.array([number[wnid] for _, wnid in rows]), files)
     return splits, imagenet_names(root, ids)
@@ -493,7 +494,7 @@ def folder(data_dir: str | None):
     others = [path.name for path in subfolders(root) if inside and path not in inside.values()]
     others += [name for name in os.listdir(top) if name.lower().endswith(IMG_EXTENSIONS)]
     if others:
-        shown = ", ".join(others[:3]) + (" ..." if others[3:] else "")
+        shown = printable(", ".join(others[:3])) + (" ..." if others[3:] else "")
         print(f"{root}: left out, as they belong to no class: {len(others)} ({shown})")
     splits = {"train": list_classes(top, classes)}
     for key in ("val", "test"):
@@ -716,6 +717,7 @@ def class_ranks(labels: np.ndarray) -> np.ndarray:
 def relative(files: list[str]) -> list[str]:
     """The paths within their common folder, alike on all systems: with / between their parts, and an
     accented letter as one character, where macOS has two."""
+    files = [os.path.normpath(file) for file in files]  # as commonpath does
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     paths = (file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files)
     return [unicodedata.normalize("NFC", path) for path in paths]

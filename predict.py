@@ -30,9 +30,9 @@ from data import images_below
 from engine import pictures
 from engine.checkpoint import ADAPTER_FILE
 from engine.config import Parser
-from engine.devices import keep_freed_memory, pick_device
+from engine.devices import keep_freed_memory, out_of_memory, pick_device
 from engine.files import atomic
-from engine.images import Crops, Split, usable
+from engine.images import Crops, Split, senders
 from engine.peft_folder import CONFIG
 from engine.pictures import shorten
 from engine.start import load
@@ -68,9 +68,8 @@ def readable(
     crops = Crops(Split(np.zeros(len(files), np.int64), files), preprocessing)
     chunks = torch.arange(len(files)).split(batch_size)
     requests = ([(row, None) for row in chunk.tolist()] for chunk in chunks)
-    workers = usable(workers)
     loader = DataLoader(
-        crops, batch_sampler=requests, num_workers=workers, collate_fn=crops.collate
+        crops, batch_sampler=requests, num_workers=senders(workers), collate_fn=crops.collate
     )
     for chunk, (images, errors) in zip(chunks, loader, strict=True):
         bad += [reason for _, _, reason in errors.values()]
@@ -130,7 +129,7 @@ def describe(file: str, logits: torch.Tensor, classes: list[str], top: int, form
     return "\n".join([f"Predicted class: {guesses[0][0]}", *lines])
 
 
-def draw(path: str, shown: list, info: dict, title: str) -> None:
+def draw(path: Path, shown: list, info: dict, title: str) -> None:
     """Draw the contact sheet: images with their predicted classes."""
     images = torch.stack([pixels for _, pixels, _ in shown])
     logits = torch.stack([logits for _, _, logits in shown])
@@ -233,7 +232,7 @@ def run(argv: list[str] | None) -> int:
     if shown:
         count = len(found)
         prefix = f"the first {len(shown)} of {count} images, " if count > len(shown) else ""
-        draw(given.figure, shown, info, prefix + ", ".join(adapters))
+        draw(Path(given.figure), shown, info, prefix + ", ".join(adapters))
     return 1 if bad else 0
 
 
@@ -252,6 +251,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("predict.py: out of memory; try a smaller --batch-size", file=sys.stderr)
         return 2
 
 

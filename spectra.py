@@ -22,7 +22,7 @@ import lokr
 from engine import checkpoint
 from engine.adapt import ADAPTERS, relative_norms
 from engine.config import Parser
-from engine.pictures import BLUE, NAMES, ORANGE, check_figure, entitle, shorten
+from engine.pictures import BLUE, NAMES, ORANGE, check_figure, entitle, save, shorten
 from engine.start import load
 
 # Okabe and Ito's colours differ without colour vision too; the marks differ without any colour.
@@ -98,7 +98,7 @@ def draw(shown: list[Delta], title: str, path: Path) -> None:
     bar.set_label("delta W, each in its own range", fontsize=8)
     draw_spectra(figure.add_subplot(grid[1, :]), shown)
     entitle(figure, title)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def draw_delta(axes, adapter: Delta):
@@ -197,7 +197,7 @@ def draw_norms(shown: list[tuple[str, dict[str, float]]], path: Path) -> None:
     lines = {t: h for axes in grid for h, t in zip(*axes.get_legend_handles_labels(), strict=True)}
     place = {"loc": "outside lower center", "ncols": 6, "frameon": False, "fontsize": 8}
     figure.legend(lines.values(), lines.keys(), **place)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def run(argv: list[str] | None) -> None:

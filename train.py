@@ -30,6 +30,7 @@ from engine import checkpoint, devices, pictures
 from engine.adapt import relative_norms
 from engine.config import Config, hyperparameters, parse
 from engine.devices import process, processes
+from engine.files import atomic
 from engine.images import progress
 from engine.run import Run, Stopped, exit_status
 from engine.start import prepare
@@ -284,7 +285,12 @@ def list_unreadable(run: Run) -> None:
     if reasons := devices.gather(reasons):
         text, file = "".join(f"{reason}\n" for reason in reasons), run.folder / "unreadable.txt"
         names = {"encoding": "utf-8", "errors": "surrogateescape"}  # some names are not UTF-8
-        run.attempt(file.name, lambda: file.write_text(text, **names))
+
+        def write():
+            with atomic(file) as temporary:
+                temporary.write_text(text, **names)
+
+        run.attempt(file.name, write)
 
 
 def load_batches(run: Run, split, train: bool = False, start: int = 0):

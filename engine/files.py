@@ -44,6 +44,11 @@ def remove_temporaries(folder: Path, idle: float = 0) -> None:
                 temporary.unlink()
 
 
+def printable(text: str) -> str:
+    """The text with ? for bytes of a file name that are not UTF-8: a terminal and matplotlib fail at them."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def write_json(path: Path, content: dict) -> None:
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -389,26 +389,27 @@ def keep(
     whole = Whole(split.files, side, blank=first if small else (1, 1), interpolation=interpolation)
     source = Path(folder) / f"{whole.name()}.pixels"
     try:
-        index = read_index(source, whole) or write_pixels(source, whole, workers)
+        try:
+            index = read_index(source, whole) or write_pixels(source, whole, workers)
+        except OSError as error:
+            fallback = "they are kept in memory" if small else "they are decoded in each epoch"
+            tqdm.write(
+                f"{source}: the images cannot be kept there ({error}); {fallback}", file=sys.stderr
+            )
+            if not small:
+                return
+            parts = []
+            index = whole.decode(workers, parts.append)
+            source = np.concatenate(parts)
     except TooLarge:  # for example a photograph among icons
         if cache:
             keep(split, folder, size, True, workers, small=False, interpolation=interpolation)
         return
-    except OSError as error:
-        fallback = "they are kept in memory" if small else "they are decoded in each epoch"
-        tqdm.write(
-            f"{source}: the images cannot be kept there ({error}); {fallback}", file=sys.stderr
-        )
-        if not small:
-            return
-        parts = []
-        index = whole.decode(workers, parts.append)
-        source = np.concatenate(parts)
     for row, reason in index["bad"].items():
         mark_bad(split, int(row), reason)
     sizes = np.array(index["sizes"], np.int64)
-    if small and (sizes == first).all():
-        split.pixels = opened_bytes(source).reshape(len(split), *first[::-1], 3)
+    if small and (sizes == sizes[0]).all():
+        split.pixels = opened_bytes(source).reshape(len(split), *sizes[0], 3)
     else:
         split.pixels = Kept(source, sizes)
 

@@ -360,6 +360,7 @@ do not train, that the model names rightly.
 import re
 import shlex
 import shutil
+import zlib
 
 KEEP = Path("adapters")  # the output: everything else is in temporary folders
 os.environ["TQDM_MININTERVAL"] = "60"  # seconds: the notebook keeps each state of a progress bar
@@ -367,9 +368,14 @@ os.environ["TQDM_MININTERVAL"] = "60"  # seconds: the notebook keeps each state 
 
 def folder_of(adapter):
     \"\"\"The folder of a run, named after its settings; copied from an earlier session if that is attached.\"\"\"
-    known = ("adapter", "dataset", "recipe", *FREE)
-    changed = [f"{key}-{SETTINGS[key]}" for key in SETTINGS if key not in known]
-    name = re.sub(r"[^\\w.]+", "-", "-".join([title, adapter, *changed]))
+    known = {"adapter", "dataset", *FREE} - {"model", "recipe", "weights"}
+    values = {key: value for key, value in SETTINGS.items() if key not in known and value != title}
+    if "weights" in values:  # wherever they are attached
+        values["weights"] = Path(values["weights"]).name
+    parts = [title, adapter, *(f"{key}-{value}" for key, value in values.items())]
+    name = re.sub(r"[^\\w.]+", "-", "-".join(parts))
+    if len(name) > 100:  # a file system allows 255 bytes
+        name = f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
     folder, earlier = KEEP / name, []
     found(name, lambda place: (place / name / "last.pt").exists() and earlier.append(place / name))
     if earlier and not folder.exists():  # of several sessions, take the one that came furthest

@@ -14,6 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from engine.files import atomic, printable
+
 BLUE, ORANGE = "#0072B2", "#D55E00"  # they differ without colour vision too (Okabe and Ito)
 NAMES = {
     "head": "linear probe",
@@ -77,7 +79,7 @@ def plot_curves(metrics: Path, path: Path, title: str) -> None:
         axes.grid(alpha=0.25)
         axes.xaxis.get_major_locator().set_params(integer=True)
     entitle(figure, title, 12)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def colours(images: torch.Tensor, preprocessing: dict) -> torch.Tensor:
@@ -125,7 +127,7 @@ def plot_predictions(
             parse_math=False,  # a class may be called $5
         )
     entitle(figure, title)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def plot_confusion(counts: torch.Tensor, classes: list[str], path: Path, title: str) -> None:
@@ -138,7 +140,7 @@ def plot_confusion(counts: torch.Tensor, classes: list[str], path: Path, title: 
     counts, names = counts[present][:, present], [classes[i] for i in present]
     figure = plot_matrix(counts, names) if len(names) <= MATRIX else plot_pairs(counts, names)
     entitle(figure, title)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def plot_matrix(counts: torch.Tensor, names: list[str]) -> Figure:
@@ -199,6 +201,12 @@ def entitle(figure: Figure, title: str, size: float = 10) -> None:
     text.set_fontsize(size * min(1, 0.95 * figure.bbox.width / text.get_window_extent().width))
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure in the format that the file's name says."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
+
+
 def check_figure(path: Path, flag: str) -> None:
     """Raise ValueError if the picture cannot be written, before the work is done."""
     formats = Figure().canvas.get_supported_filetypes()
@@ -213,11 +221,6 @@ def check_figure(path: Path, flag: str) -> None:
 def shorten(name: str, length: int = 13) -> str:
     name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def printable(text: str) -> str:
-    """The text with ? for bytes of a file name that are not UTF-8: matplotlib fails at them."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def plot_comparison(
@@ -277,7 +280,7 @@ def plot_comparison(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
     )
     figure.suptitle(printable(title), parse_math=False)
-    figure.savefig(path, dpi=150, format="png")
+    save(figure, path)
 
 
 def plot_means(axes, method: str, rows: list[dict], places: list[float], split: str) -> None:
@@ -320,4 +323,4 @@ def plot_rates(panels: dict[str, dict], path: Path) -> None:
     handles = [Line2D([], [], color=lines[m][0], marker=lines[m][1], label=NAMES[m]) for m in shown]
     handles += [Line2D([], [], color="0.4", linestyle=styles[r], label=f"rank {r}") for r in ranks]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+    save(figure, path)

@@ -116,10 +116,9 @@ def write(
         temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     split = "test" if dataset.test else "val"
     title = f"{config.dataset}: {len(dataset.train):,} training images, {trunk(config)}"
-    with atomic(out / "comparison.png") as temporary:
-        pictures.plot_comparison(main, dropouts, split, temporary, title)
-    with atomic(out / "rates.png") as temporary:
-        pictures.plot_rates({f"{title}, alpha {config.alpha:g}": trials(rows)}, temporary)
+    pictures.plot_comparison(main, dropouts, split, out / "comparison.png", title)
+    rates = {f"{title}, alpha {config.alpha:g}": trials(rows)}
+    pictures.plot_rates(rates, out / "rates.png")
 
 
 def summary(which: tuple, rows: list[dict]) -> dict:

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from engine.files import printable
+
 # Usual names, in any case: of tables, of columns of images, and of columns of labels. The first ones win.
 TABLES = "train.csv labels.csv train_labels.csv trainlabels.csv".split()
 SAMPLES = "sample_submission.csv samplesubmission.csv".split()
@@ -145,7 +147,7 @@ def labelled(
     left_out["classes without an image"] = [x for i, x in enumerate(classes) if i not in seen]
     for what, which in left_out.items():
         if which:
-            listed = ", ".join(which[:3])
+            listed = printable(", ".join(which[:3]))
             print(f"{path}: {what}: {len(which):,} ({listed}{' ...' if which[3:] else ''})")
     order = sorted(taken)
     return order, np.array([taken[i] for i in order], np.int64), classes

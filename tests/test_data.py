@@ -14,7 +14,7 @@ import pytest
 import torch
 import torchvision
 from conftest import LIMIT, ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 from trees import pets, tiny_imagenet, write_image
 
 import data
@@ -507,6 +507,30 @@ def test_small_images_of_many_sizes_and_a_large_one(tmp_path):
     keep(mixed, tmp_path / "cache", 112, cache=True)
     assert mixed.pixels[3].shape == (128, 192, 3) and mixed.pixels[0].shape == (64, 64, 3)
     assert not [file for file in (tmp_path / "cache").iterdir() if "tmp" in file.name]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_small_images_of_one_size_that_are_not_square(orientation, tmp_path):
+    """As one array, which a GPU can crop; upright, though a turned file's header says width and height."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    for i in range(3):
+        Image.fromarray(random_pixels(72, 96, 3)).save(tmp_path / f"{i}.png", exif=exif)
+    split = split_of(*sorted(tmp_path.glob("*.png")))
+    keep(split, tmp_path / "cache")
+    assert split.pixels.shape == ((3, 72, 96, 3) if orientation == 1 else (3, 96, 72, 3))
+    for file, pixels in zip(split.files, split.pixels, strict=True):
+        with Image.open(file) as image:
+            assert np.array_equal(np.array(ImageOps.exif_transpose(image)), pixels)
+
+
+def test_a_photograph_among_icons_where_nothing_can_be_kept(tmp_path, capsys):
+    write_image(tmp_path / "0.png", 0, 0, (64, 64))
+    write_image(tmp_path / "1.png", 1, 1, (300, 200))
+    split = split_of(*sorted(tmp_path.glob("*.png")))
+    (tmp_path / "cache").write_text("a file, not a folder")
+    keep(split, tmp_path / "cache")
+    assert split.pixels is None and "cannot be kept there" in capsys.readouterr().err
 
 
 def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, capfd):

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,7 @@ from torchvision import models
 from trees import food101, pets, tiny_imagenet, write_image
 
 from engine import notebooks
-from engine.config import Config, check
+from engine.config import FREE, Config, check
 
 CHOICE = "config, _, _ = begin(Config(**settings))"  # in the cell that decides what trains
 TRAINING = "run = train(config.adapter)"  # in the cell that does
@@ -237,7 +238,7 @@ def test_kaggle_takes_tiny_imagenet_and_goes_on_with_an_earlier_run(execute, tmp
     assert text.count(f"lora: {lora:,} of ") == 2, "told before the run, and by it"
     assert "stopped by --max-hours 0.0001 after step 1; last.pt is at step 1; resume with" in text
     assert "predictions.png: comes at the end of training" in text
-    named = "tiny-imagenet-lora-image_size-32-limit-8-batch_size-4-epochs-1-amp-off"
+    named = "tiny-imagenet-lora-weights-none-image_size-32-limit-8-batch_size-4-epochs-1-amp-off"
     config = json.loads((folder / "adapters" / named / "config.json").read_text())
     assert config["dataset"] == "tiny-imagenet" and config["head_dropout"] == 0.1
     for session, expected in (
@@ -247,6 +248,27 @@ def test_kaggle_takes_tiny_imagenet_and_goes_on_with_an_earlier_run(execute, tmp
         folder.rename(tmp_path / "input" / f"before the {session}")
         folder, cells = execute("kaggle", up_to=TRAINING, change=change, folder=session)
         assert expected in said(cells[-1:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, "photos-lora"),
+        ({"data_dir": "a/photos", "dataset": "folder", "workers": 2}, "photos-lora"),
+        ({"recipe": "photos", "lr": 1e-3}, "photos-lora-lr-0.001"),
+        ({"weights": "/kaggle/input/dinov2-small"}, "photos-lora-weights-dinov2-small"),
+        ({"recipe": "food101-lokr"}, "photos-lora-recipe-food101-lokr"),
+        ({"classes": "some dish," * 40}, "photos-lora-classes(-some-dish)+-?-[0-9a-f]{8}"),
+    ],
+)
+def test_a_run_of_kaggle_is_named_after_the_settings_that_make_it_another(settings, wanted):
+    cells = nbformat.read(ROOT / "kaggle.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if "def folder_of" in cell.source]
+    (function,) = [x for x in ast.parse(source).body if getattr(x, "name", "") == "folder_of"]
+    names = {"SETTINGS": settings, "FREE": FREE, "title": "photos", "KEEP": Path("adapters")}
+    names |= {"re": re, "zlib": zlib, "Path": Path, "found": lambda *_: None}
+    exec(ast.unparse(function), names)
+    assert re.fullmatch(wanted, names["folder_of"]("lora").name)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,6 +239,20 @@ def test_blocks_are_multiples_of_the_strongest_one():
     W1, W2 = torch.tensor([[1.0, -4.0, 0.0], [2.0, 3.0, 1.0]]), torch.randn(4, 5)
     multiples = spectra.multiples(torch.kron(W1, W2), (2, 3))
     torch.testing.assert_close(multiples, W1 / -4.0)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def full(figure, file, **_):
+        Path(file).write_bytes(b"half of a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    with pytest.raises(OSError, match="No space"):
+        pictures.plot_confusion(torch.eye(2), ["a", "b"], path, "title")
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_most_changed_layer_is_drawn_and_equal_labels_get_file_names(drawn, tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +180,20 @@ def test_a_mistake_gives_one_line_and_status_2(flags, message, photos, tmp_path,
     error = shown.err.strip()
     assert error.startswith("predict.py: ") and message in error and "\n" not in error
     assert not shown.out, "the mistake is found before anything is predicted"
+
+
+def test_what_only_a_busy_machine_shows_gives_one_line_too(photos, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", "/" + 70 * "t")  # worker processes would wait forever
+    assert predict.main(["a.safetensors", "photos", "--workers", "1"]) == 2
+    assert re.fullmatch(r"predict.py: TMPDIR /t+: .* --workers 0\n", capsys.readouterr().err)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(predict, "readable", full)
+    assert predict.main(["a.safetensors", "photos"]) == 2
+    error = capsys.readouterr().err
+    assert error == "predict.py: out of memory; try a smaller --batch-size\n"
 
 
 def test_a_closed_pipe_is_not_a_mistake(photos, start):

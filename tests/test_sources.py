@@ -327,6 +327,10 @@ def test_imagenet_in_class_folders_and_in_kaggle_s_layout(kaggle, tmp_path):
     for file, label in zip(dataset.val.files, dataset.val.labels, strict=True):
         assert Path(file).is_file()
         assert (int(Path(file).stem[-8:]) - 1) // 2 == label
+    shutil.rmtree(folder / "train" / ids[0])
+    part = data.load("imagenet", str(tmp_path))  # with the validation images of the other classes
+    assert part.classes == dataset.classes[1:]
+    assert np.bincount(part.val.labels).tolist() == [2] * 2
     if kaggle:
         shutil.move(tmp_path / "input" / "imagenet" / "LOC_val_solution.csv", tmp_path / "away")
         with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv, which has its labels"):
@@ -489,6 +493,15 @@ def test_held_out_images_do_not_depend_on_classes_or_folder(tmp_path):
     assert held_out("a") == held_out("a", classes="beignets") == held_out("somewhere")
 
 
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_holdout_takes_its_part_of_all_training_images(parts, tmp_path):
+    """The usual part for validation, one image in five, is not taken away before."""
+    pets(tmp_path, parts)
+    dataset = data.load("folder", str(tmp_path), holdout=0.1)
+    assert len(dataset.train) == 18 and len(dataset.val) == 2
+    assert len(dataset.test or ()) == (20 if "test" in parts else 0)
+
+
 def test_holdout_leaves_a_test_split_alone():
     plain, held = data.load("demo"), data.load("demo", holdout=0.25)
     assert len(held.train) == 3000 and len(held.val) == 1000
@@ -500,6 +513,8 @@ def test_the_split_never_changes():
     _, val = data.stratified(names, np.repeat([0, 1], 10), [0.7])
     assert val.tolist() == [6, 7, 9, 10, 16, 17]
     assert data.relative(["/a/o\u0308/1.jpg", "/a/u/2.jpg"]) == ["ö/1.jpg", "u/2.jpg"]
+    assert data.relative(["./a/b/1.jpg", "./a/c/2.jpg"]) == ["b/1.jpg", "c/2.jpg"]
+    assert data.relative(["./b/1.jpg", "./c/2.jpg"]) == ["b/1.jpg", "c/2.jpg"]
 
 
 def test_an_incomplete_data_set_is_refused(tmp_path):
@@ -520,11 +535,14 @@ def test_images_in_unknown_formats_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
-def test_file_names_that_are_not_utf_8(tmp_path):
+def test_file_names_that_are_not_utf_8(tmp_path, capsys):
     pets(tmp_path)
+    with open(os.fsencode(tmp_path) + b"/loose \xff.jpg", "w"):
+        pass
     os.rename(
         os.fsencode(tmp_path / "cat" / "1 ü.jpg"), os.fsencode(tmp_path / "cat") + b"/\xff.jpg"
     )
     dataset = data.load("folder", str(tmp_path))
+    assert "left out, as they belong to no class: 1 (loose ?.jpg)" in capsys.readouterr().out
     keep(dataset.train, tmp_path / "cache", cache=True)
     assert len(dataset.train) + len(dataset.val) == 20
