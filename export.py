@@ -51,10 +51,12 @@ def to_peft(
         )
     tensors, adapters = trained(model, "heads.head")
     swiglu = model.shape.get("activation") == "swiglu"
-    if swiglu and any(name.endswith("mlp.0") for name in adapters):
+    if swiglu and any(name.endswith(("mlp.0", "mlp.3")) for name in adapters):
         raise ValueError(
-            f"{path}: mlp.0 of a SwiGLU is two layers in transformers: adapt query, key, value, out, mlp.3"
+            f"{path}: the MLP of a SwiGLU has other layers in transformers: adapt query, key, value, out"
         )
+    if info["bias"] == "all" and (swiglu or family == "clip_vision_model"):
+        raise ValueError(f"{path}: --bias all: transformers' class has not all of these biases")
     base = base or hub_base(info, family, weights)
     head = {key: tensors.pop(key) for key in list(tensors) if key.startswith("heads.head.")}
     if family in WITH_MEAN and model.shape.get("pool", "class") == "class":
@@ -294,6 +296,10 @@ def run(argv: list[str] | None) -> None:
     if (arguments.to is None) == (arguments.source is None):
         parser.error("expected either --to or --from")
     kind, path = arguments.to or arguments.source
+    if arguments.classes and arguments.to:
+        parser.error("--classes: only for --from peft")
+    if arguments.base and not (arguments.to and kind == "peft"):
+        parser.error("--base: only for --to peft")
     if arguments.to and kind == "peft":
         to_peft(arguments.adapter, path, arguments.weights, arguments.base)
         print(f"PEFT folder: {path}")

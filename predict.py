@@ -165,7 +165,12 @@ def run(argv: list[str] | None) -> int:
         "adapter", help="adapter file, run's folder or PEFT folder; several: their mean probability"
     )
     add("images", nargs="+", help="image files and folders of images")
-    add("--top", type=int, default=5, help="classes to print for each image (default: 5)")
+    add(
+        "--top",
+        type=int,
+        default=5,
+        help="classes to print for one image, or with --json (default: 5)",
+    )
     add("--json", action="store_true", help="print one JSON object per line for each image")
     add("--csv", metavar="FILE", help="write file, class and probability of each image")
     add(
@@ -192,6 +197,8 @@ def run(argv: list[str] | None) -> int:
     ):
         if value is not None and value < least:
             raise ValueError(f"{flag} {value}: expected >= {least}")
+    if given.probabilities and not (given.csv or given.submission):
+        parser.error("--probabilities: only with --csv or --submission")
     adapters = [given.adapter]
     while given.images and is_adapter(given.images[0]):
         adapters.append(given.images.pop(0))

@@ -232,6 +232,10 @@ def layout_of(state: dict[str, torch.Tensor]) -> tuple[str, str]:
                     )
                 if layout == "clip" and f"{prefix}pre_layrnorm.weight" not in keys:
                     raise ValueError(f"this is SigLIP: {ELSEWHERE}")
+                if layout == "openclip" and f"{prefix}ln_pre.weight" not in keys:
+                    raise ValueError(
+                        f"this is CLIPA, whose head reads the mean before the last LayerNorm: {ELSEWHERE}"
+                    )
                 return layout, prefix
     if any(key.startswith("layer.0.attention.") for key in state):
         raise ValueError(f"this is DINOv3: {ELSEWHERE}")

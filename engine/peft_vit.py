@@ -17,6 +17,7 @@ from engine.peft_folder import CONFIG, PREFIX, endings, expected, layers_of, rea
 LABELS = "id2label.json"  # not config.json, which would make transformers load a whole model
 HEAD = "head.safetensors"  # of CLIPVisionModel, which has no place for it
 FAMILIES = {  # transformers' model_type: what stands before its names, and their layouts
+    "clip_vision_model": [("vision_model.", "clip"), ("", "clip")],
     "vit": [("vit.", "vit"), ("vit.", "vit5")],
     "deit": [("deit.", "vit"), ("deit.", "vit5")],
     "ijepa": [("ijepa.", "vit"), ("ijepa.", "vit5")],
@@ -25,7 +26,6 @@ FAMILIES = {  # transformers' model_type: what stands before its names, and thei
         ("dinov2_with_registers.", "dinov2"),
         ("dinov2_with_registers.", "dinov2-5"),
     ],
-    "clip_vision_model": [("vision_model.", "clip"), ("", "clip")],
 }
 # Two of them, DINOv2's, give the head the class token and the mean of the patches, one after the other.
 WITH_MEAN = ("dinov2", "dinov2_with_registers")

@@ -175,7 +175,7 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for end in ("json", "txt") for file in folder.glob(f"**/*.{end}")):
         digest.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
-    for file in sorted(file for part in WEIGHTS for file in (folder / part).glob("*.safetensors")):
+    for file in weight_files(folder):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with open(file, "rb") as content:
@@ -183,6 +183,15 @@ def fingerprint(folder: Path) -> str:
                 content.seek(start)
                 digest.update(content.read(2**20))
     return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Of each part those in half precision, if there are any: the others may be downloaded later."""
+    files = []
+    for part in WEIGHTS:
+        of_part = sorted((folder / part).glob("*.safetensors"))
+        files += [file for file in of_part if ".fp16" in file.name] or of_part
+    return sorted(files)
 
 
 def load(base: Base, part: str, dtype: torch.dtype) -> nn.Module:

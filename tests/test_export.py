@@ -464,6 +464,8 @@ def test_models_that_peft_cannot_save_are_refused(tmp_path):
         ("a.safetensors", "expected either --to or --from; see --help"),
         ("a.safetensors --to onnx x", "--to onnx: expected peft or torchvision"),
         ("b.safetensors --from torchvision x", "--from torchvision: expected peft; see"),
+        ("a.safetensors --to peft x --classes a,b", "--classes: only for --from peft"),
+        ("a.safetensors --to torchvision x --base a/b", "--base: only for --to peft"),
         ("missing.safetensors --to peft x", "missing.safetensors: no such adapter file"),
         ("a.safetensors --to peft folder", "folder: already holds an adapter"),
         ("a.safetensors --from peft folder", "a.safetensors: already exists"),

@@ -188,8 +188,16 @@ def test_what_transformers_has_no_place_for_is_one_line(tmp_path):
     write_adapter(
         tmp_path / "a.safetensors", "lokr", str(tmp_path / "trunk"), {"num_heads": 4}, CLASSES
     )
-    with pytest.raises(ValueError, match=r"mlp\.0 of a SwiGLU is two layers"):
+    with pytest.raises(ValueError, match="the MLP of a SwiGLU has other layers"):
         export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
+    trunk = str(tmp_path / "trunk"), {"num_heads": 4}, CLASSES
+    for case, message in (
+        ("lora-bias", "the MLP of a SwiGLU has other layers"),  # mlp.3
+        ("loha-bias", "--bias all: transformers' class has not all"),
+    ):
+        write_adapter(tmp_path / "a.safetensors", case, *trunk)
+        with pytest.raises(ValueError, match=message):
+            export.to_peft(tmp_path / "a.safetensors", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
     part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPConfig(vision_config=part, text_config=part, num_labels=3)
@@ -198,10 +206,17 @@ def test_what_transformers_has_no_place_for_is_one_line(tmp_path):
     peft.get_peft_model(model, lora).save_pretrained(tmp_path / "clip")
     with pytest.raises(ValueError, match="CLIPForImageClassification, whose head reads the mean"):
         export.from_peft(tmp_path / "clip", tmp_path / "b.safetensors", classes="x,y,z")
+    part = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1], "num_heads": [2]}
+    model = transformers.SwinForImageClassification(transformers.SwinConfig(**part, num_labels=3))
+    layers = [name for name, x in model.named_modules() if isinstance(x, torch.nn.Linear)]
+    lora = peft.LoraConfig(r=2, target_modules=layers[:1], modules_to_save=["classifier"])
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "swin")
+    with pytest.raises(ValueError, match="expected a tensor of a ViT, found an unknown name"):
+        export.from_peft(tmp_path / "swin", tmp_path / "b.safetensors", classes="x,y,z")
 
 
 def test_adapters_of_a_giant_open_in_transformers(tmp_path):
-    """All layers of a SwiGLU trunk but the first of the MLP."""
+    """Layers of its attention: those of a SwiGLU's MLP are others there."""
     FAMILIES["DINOv2 giant"](tmp_path / "trunk", 56)
     path = tmp_path / "a.safetensors"
     model = write_adapter(path, "lora", str(tmp_path / "trunk"), {"num_heads": 4}, CLASSES)

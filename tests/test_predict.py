@@ -171,6 +171,10 @@ def test_contact_sheets_are_drawn(photos, tmp_path, capsys):
             "--figure x.foo: expected a name that ends in .",
         ),
         ("a.safetensors", "the following arguments are required: images; see --help"),
+        (
+            "a.safetensors photos --probabilities",
+            "--probabilities: only with --csv or --submission",
+        ),
     ],
 )
 def test_a_mistake_gives_one_line_and_status_2(flags, message, photos, tmp_path, capsys):

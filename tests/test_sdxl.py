@@ -241,6 +241,36 @@ def test_a_step_of_several_batches_is_that_of_each_picture(config, monkeypatch):
         assert torch.allclose(grad, p.grad, rtol=1e-3, atol=1e-7)
 
 
+def test_a_process_without_a_picture_in_its_first_step_takes_part(config, monkeypatch):
+    """With fp16's loss scale, which torch makes at the first loss."""
+    run = prepare(config(clip_norm=1.0))
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+
+    def add_up(parameters):  # as torchrun does, with another process that has the picture
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+
+    monkeypatch.setattr(train_sdxl, "process", lambda: 1)
+    monkeypatch.setattr(train_sdxl, "processes", lambda: 2)
+    monkeypatch.setattr(train_sdxl, "add_up_gradients", add_up)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    train_sdxl.train_step(run, [np.array([0])], optimizer, torch.amp.GradScaler("cpu"))
+    assert all((p != q).any() for p, q in zip(parameters, before, strict=True))
+
+
+def test_weights_that_are_not_read_do_not_change_the_base(folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(folder / "base", base)
+    file = next((base / "unet").glob("*.safetensors"))
+    half = file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
+    before = sdxl.fingerprint(base)
+    file.write_bytes(b"downloaded later")
+    assert sdxl.fingerprint(base) == before
+    half.write_bytes(b"other weights")
+    assert sdxl.fingerprint(base) != before
+
+
 def test_what_is_random_is_drawn_as_the_flags_say(config):
     run = prepare(config(caption_dropout=0.25, timestep_bias=2.0))
     random = torch.Generator().manual_seed(0)

@@ -437,6 +437,17 @@ def assert_refused(error, family):
     assert family in message and "docs/any-model.md" in message and "\n" not in message
 
 
+def test_clipa_is_refused(tmp_path):
+    model, _, _ = FAMILIES["timm CLIP"](tmp_path / "timm", SIDE)
+    state = openclip(model.state_dict())
+    to_ours(dict(state))  # the control
+    for end in ("weight", "bias"):
+        del state[f"visual.ln_pre.{end}"]
+    with pytest.raises(ValueError) as error:
+        to_ours(state)
+    assert_refused(error, "CLIPA")
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_s_other_models_are_refused_by_family(name):
     with torch.device("meta"):
