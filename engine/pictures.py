@@ -299,13 +299,17 @@ def plot_rates(panels: dict[str, dict], path: Path) -> None:
     panels: what report.trials returns. A colour is a method, a style of line a rank. Where runs fail at high
         rates, the lines leave the picture.
     """
-    figure = Figure(figsize=(3 + 3.4 * len(panels), 4.4), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    columns = len(panels) if len(panels) <= 3 else 2
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3 + 3.4 * columns, 1 + 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     keys = [key for curves in panels.values() for key in curves]
     ranks = sorted({rank for _, rank in keys if rank})
     styles = dict(zip(reversed(ranks), cycle(("-", "--", "-.", ":"))))
     lines = {"head": ("0.6", "."), "full": ("black", "."), **LINES}
-    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
         for (method, rank), points in curves.items():
             lrs, accuracies = zip(*points, strict=True)
             colour, marker = lines[method]
@@ -318,7 +322,8 @@ def plot_rates(panels: dict[str, dict], path: Path) -> None:
         axes.set_title(textwrap.fill(printable(title), 48), fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    grid[0].set_ylabel("validation accuracy (%)")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("validation accuracy (%)")
     shown = [method for method in lines if method in dict(keys)]
     handles = [Line2D([], [], color=lines[m][0], marker=lines[m][1], label=NAMES[m]) for m in shown]
     handles += [Line2D([], [], color="0.4", linestyle=styles[r], label=f"rank {r}") for r in ranks]

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -549,6 +550,38 @@ def test_figures_of_the_vit_s_are_the_comparison_s():
     assert rate["LoKr"] / rate["LoRA"] == pytest.approx(6.25)
     sizes = {row[0]: int(row[2].replace(",", "")) for row in rows}
     assert round(sizes["LoRA"] / sizes["LoKr"]) == 11 and "an eleventh of LoRA's parameters" in said
+    by_seed = of_seeds("comparison")
+    assert {len(seeds) for seeds in by_seed.values()} == {5}
+    lora, lokr, full = (by_seed[key] for key in (("lora", 8), ("lokr", 8), ("full", None)))
+    ahead = [a - b for other in (lokr, full) for a, b in zip(lora, other, strict=True)]
+    assert f"by {min(ahead):.2f} to {max(ahead):.2f} points" in said
+
+
+def of_seeds(name):
+    """By (method, rank), the test accuracies (%) of a table's final runs, in the order of the seeds."""
+    found = {}
+    for row in report.read(ROOT / "assets" / "vit_s14" / f"{name}.csv"):
+        if row["final"]:
+            seeds = found.setdefault((row["method"], row["rank"]), {})
+            seeds[row["seed"]] = 100 * float(row["test_accuracy"])
+    return {key: [seeds[i] for i in range(len(seeds))] for key, seeds in found.items()}
+
+
+def test_figures_of_other_ranks_layers_and_images_are_the_tables():
+    head = "| | rank 2 | rank 8 | rank 16 | query and value | digits |"
+    table = TEXTS["comparison.md"].split(head)
+    columns = [("ranks", 2), ("comparison", 8), ("ranks", 16), ("query_value", 8), ("digits", 8)]
+    columns = [(of_seeds(name), rank) for name, rank in columns]
+    methods = {name: method for method, name in pictures.NAMES.items()}
+    lines = [cells(line) for line in table[1].split("\n\n")[0].splitlines()[2:]]
+    assert [methods[line[0]] for line in lines] == list(methods.values())
+    for line in lines:
+        for (found, rank), cell in zip(columns, line[1:], strict=True):
+            method = methods[line[0]]
+            seeds = found.get((method, rank if method in ADAPTERS else None))
+            assert bool(cell) == bool(seeds)
+            if seeds:
+                assert cell == f"{statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f}", line
 
 
 def test_best_rates_of_the_vit_s_are_those_of_the_tables():
