@@ -617,6 +617,7 @@ assert split.pixels.shape == (24, 64, 64, 3) and split.pixels.any()
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_while_images_are_written(tmp_path):
     """The system itself stops writing after 100,000 bytes."""
     small(tmp_path)
@@ -647,6 +648,7 @@ print(int(split.pixels.sum(dtype="int64")))
 """
 
 
+@pytest.mark.slow
 def test_several_runs_may_keep_the_same_images_at_once(tmp_path, start):
     split = small(tmp_path, images=100)
     command = [sys.executable, "-c", BUILD, str(ROOT), str(ROOT / "tests"), str(tmp_path)]

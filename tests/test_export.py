@@ -388,6 +388,7 @@ def test_stock_torchvision_loads_the_merged_model_strictly(case, suffix, tmp_pat
         assert (plain.eval()(IMAGES) - logits).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_vit_b_16_and_its_eps_in_torchvision(tmp_path):
     """At full size. Hugging Face's weights have another eps, which a state dict does not store."""
     trunk, _ = vit.build("vit_b_16", "none", 3)
@@ -485,6 +486,7 @@ def test_a_mistake_is_one_line_and_status_2(flags, message, tmp_path, monkeypatc
     assert error.startswith("export.py: ") and message in error and "\n" not in error
 
 
+@pytest.mark.slow
 def test_the_command_line_converts_both_ways(run_script, tmp_path):
     write_adapter(tmp_path / "a.safetensors", "lokr")
     for flags in ("a.safetensors --to peft folder", "b.safetensors --from peft folder"):

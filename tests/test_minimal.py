@@ -209,6 +209,7 @@ def test_digits_are_shown_as_the_small_trunk_was_trained(small, seen):
         np.testing.assert_allclose(image, np.broadcast_to(half, (3, 28, 28)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_photos_train_vit_b_16_from_its_pretrained_weights(small, seen, monkeypatch, capsys):
     """At full size, on four images: only the weights are random, as nothing is downloaded."""
     monkeypatch.undo()

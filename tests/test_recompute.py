@@ -243,6 +243,7 @@ def usual(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "name"), CASES_OF_RUNS)
 def test_a_run_ends_with_the_same_adapter(adapter, name, tmp_path, stop_after, monkeypatch, usual):
     calls = noted(monkeypatch)

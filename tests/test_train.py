@@ -160,6 +160,7 @@ def test_tiny_imagenet_recipe_at_full_size(run_script, tmp_path):
 SLICE = ["beignets", "bruschetta", "chicken_wings", "hamburger", "pork_chop", "prime_rib", "ramen"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "trainable"), [("lora", 667_493), ("loha", 1_257_317), ("lokr", 116_069)]
 )
