@@ -304,6 +304,7 @@ def test_kaggle_takes_a_competition_and_writes_its_submission(execute, tmp_path)
     assert sum(right) >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["food41", "weights", "own", "csv"])
 def test_kaggle_takes_what_is_attached_or_set(case, execute, tmp_path):
     """Food-101; Tiny-ImageNet, with torchvision's weights beside it; or images that SETTINGS names, in class

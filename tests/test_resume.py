@@ -84,9 +84,15 @@ def assert_clean(folder):
         {},
         {"grad_accum": 4, "limit": 44, "epochs": 4},  # steps of 32 and 12 images
         {"head_dropout": 0.1, "adapter_dropout": 0.1, "module_dropout": 0.2},
-        {"amp": "fp16", "adapter": "loha", "image_size": 14, "clip_norm": 0.5},
-        {"amp": "bf16", "adapter": "lokr", "bias": "all", "seed": 3, "warmup": 0.4},
         {"adapter": "full", "lr": 1e-3},
+        pytest.param(
+            {"amp": "fp16", "adapter": "loha", "image_size": 14, "clip_norm": 0.5},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"amp": "bf16", "adapter": "lokr", "bias": "all", "seed": 3, "warmup": 0.4},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda settings: "-".join(settings) or "plain",
 )

@@ -571,6 +571,7 @@ def test_a_file_of_torchvision_s_is_known_by_its_name(model, tmp_path):
         assert math.isclose(found["crop"], 224 / 256) and found["interpolation"] == "bilinear"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "name"),
     [("vit_b_16", "imagenet1k"), ("vit_b_16", "swag"), ("vit_b_32", "imagenet1k")],

@@ -369,6 +369,7 @@ def machine(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_in21k_is_read_from_hugging_face_s_cache(machine):
     tensors = published(snapshot(machine / "home"))
     model, preprocessing = vit.build(None, "in21k", 7)
@@ -704,6 +705,7 @@ def test_a_download_that_fails_leaves_nothing_and_is_tried_again(
     assert downloads(machine) == ["facebook--dinov2-small"]
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_not_taken_for_whole(hub, machine, repository, start):
     hub.serve(repository)
     hub.wrong["model.safetensors"] = "stall"
