@@ -201,10 +201,10 @@ def entitle(figure: Figure, title: str, size: float = 10) -> None:
     text.set_fontsize(size * min(1, 0.95 * figure.bbox.width / text.get_window_extent().width))
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Write the figure in the format that the file's name says."""
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
+        figure.savefig(temporary, dpi=dpi, format=path.suffix.removeprefix("."))
 
 
 def check_figure(path: Path, flag: str) -> None:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread, imsave
 
 from engine.files import atomic
-from engine.pictures import BLUE, NAMES, ORANGE, entitle, shorten
+from engine.pictures import BLUE, NAMES, ORANGE, entitle, save, shorten
 
 SIDE = 512  # pixels of a sample in its file, at most
 ROWS = 8  # of samples.png
@@ -56,8 +56,7 @@ def plot_samples(strips: dict[str, Path], prompts: list[str], path: Path, title:
         axes.tick_params(length=0)
     axes.set_xticklabels([shorten(prompt, 24) for prompt in prompts], fontsize=8, parse_math=False)
     entitle(figure, title)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    save(figure, path, dpi=130)
 
 
 def plot_losses(metrics: Path, path: Path, title: str) -> None:
@@ -78,5 +77,4 @@ def plot_losses(metrics: Path, path: Path, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     entitle(figure, title, 12)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    save(figure, path)

@@ -292,7 +292,10 @@ def test_kaggle_takes_a_competition_and_writes_its_submission(execute, tmp_path)
     }
     folder, cells = execute("kaggle", up_to=SUBMISSION, change=change)
     names = kept(folder, tmp_path)
-    assert names[0].startswith("adapters/leaves-lora-weights-none-image") and names[-1] == "submission.csv"
+    assert (
+        names[0].startswith("adapters/leaves-lora-weights-none-image")
+        and names[-1] == "submission.csv"
+    )
     assert len(names) == 9, "nothing but the run and the submission"
     training = said([cell for cell in cells if TRAINING in cell.source])
     assert "16 images" in training and training.count("epoch 4/4: train loss") == 1, (
