@@ -50,7 +50,7 @@ def to_peft(
             "other kinds, use --to torchvision"
         )
     tensors, adapters = trained(model, "heads.head")
-    swiglu = model.shape.get("activation") == "swiglu"
+    swiglu = model.shape["activation"] == "swiglu"
     if swiglu and any(name.endswith(("mlp.0", "mlp.3")) for name in adapters):
         raise ValueError(
             f"{path}: the MLP of a SwiGLU has other layers in transformers: adapt query, key, value, out"
@@ -59,7 +59,7 @@ def to_peft(
         raise ValueError(f"{path}: --bias all: transformers' class has not all of these biases")
     base = base or hub_base(info, family, weights)
     head = {key: tensors.pop(key) for key in list(tensors) if key.startswith("heads.head.")}
-    if family in WITH_MEAN and model.shape.get("pool", "class") == "class":
+    if family in WITH_MEAN and model.shape["pool"] == "class":
         W = head["heads.head.weight"]
         # transformers' head also reads the mean of the patches: not ours.
         head["heads.head.weight"] = torch.cat([W, torch.zeros_like(W)], 1)
@@ -109,7 +109,7 @@ def hub_base(info: dict, family: str, weights: str | None) -> str:
 def hf_trunk(model: nn.Module, family: str) -> dict[str, torch.Tensor]:
     """The frozen trunk's tensors under the names that the family has in files."""
     prefix, layout = FAMILIES[family][0]
-    layout = "dinov2-swiglu" if model.shape.get("activation") == "swiglu" else layout
+    layout = "dinov2-swiglu" if model.shape["activation"] == "swiglu" else layout
     adapters = {n for n, m in model.named_modules() if hasattr(m, "delta_weight")}
     state = {
         peft_key(name, adapters).replace(".base_layer.", "."): p.detach()
@@ -152,7 +152,7 @@ CLASSES = {  # of transformers, for each model_type
 
 def hf_config(info: dict, shape: dict, family: str) -> dict:
     """The content of config.json for a family's class in transformers."""
-    classes, activation = info["classes"], shape.get("activation", "gelu")
+    classes, activation = info["classes"], shape["activation"]
     config = {
         "model_type": family,
         "architectures": [CLASSES[family]],
@@ -162,7 +162,7 @@ def hf_config(info: dict, shape: dict, family: str) -> dict:
         "intermediate_size": shape["mlp_dim"],
         "image_size": info["preprocessing"]["image_size"],
         "patch_size": shape["patch_size"],
-        "layer_norm_eps": shape.get("eps", 1e-6),
+        "layer_norm_eps": shape["eps"],
         "hidden_act": "gelu" if activation == "swiglu" else activation,
         "id2label": {str(i): name for i, name in enumerate(classes)},
         "label2id": {name: i for i, name in enumerate(classes)},
@@ -177,7 +177,7 @@ def hf_config(info: dict, shape: dict, family: str) -> dict:
         if ratio is None:
             raise ValueError(f"mlp_dim {mlp}: transformers' DINOv2 has none of this width")
         config |= {"mlp_ratio": ratio, "use_swiglu_ffn": swiglu, "qkv_bias": True}
-        config["num_register_tokens"] = shape.get("prefix_tokens", 1) - 1
+        config["num_register_tokens"] = shape["prefix_tokens"] - 1
     return config
 
 
@@ -236,7 +236,7 @@ def to_torchvision(path: str | Path, file: str | Path, weights: str | None = Non
     model, info = vit.load_adapter(path, weights)
     shape = model.shape
     for key, plain in PLAIN.items():
-        if shape.get(key, plain) != plain:
+        if shape[key] != plain:
             raise ValueError(
                 f"{path}: {key}: torchvision's own VisionTransformer expects {plain!r}, this trunk has "
                 f"{shape[key]!r}; load it with vit.load_adapter, or use --to peft"

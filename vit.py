@@ -159,6 +159,7 @@ def build(
     heads: the number of attention heads, for weights that do not say it.
 
     Returns the model and its preprocessing: a dict of image_size, mean, std, crop and interpolation.
+    model.shape holds all arguments of trunk.
     Raises ValueError for names and tensors that do not fit, OSError for what cannot be read.
     """
     weights = str(weights)
@@ -189,7 +190,7 @@ def build(
     vit = split_attention(vit)
     if state is not None:
         load_trunk(vit, state, weights, old_positions)
-    width = shape["hidden_dim"] * (2 if shape.get("pool") == "class+mean" else 1)
+    width = shape["hidden_dim"] * (2 if shape["pool"] == "class+mean" else 1)
     head = nn.Linear(width, num_classes)
     vit.heads = nn.Sequential(OrderedDict(dropout=nn.Dropout(head_dropout), head=head))
     vit.shape = shape | ({"old_positions": True} if old_positions else {})

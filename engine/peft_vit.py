@@ -32,19 +32,19 @@ WITH_MEAN = ("dinov2", "dinov2_with_registers")
 
 
 def family_of(shape: dict) -> str:
-    """The model_type of transformers' class that computes the same as a trunk of this shape.
+    """The model_type of transformers' class that computes the same as a trunk with these arguments.
 
     Raises ValueError if there is none.
     """
-    tokens, pool = shape.get("prefix_tokens", 1), shape.get("pool", "class")
-    scaled, swiglu = shape.get("layer_scale", False), shape.get("activation") == "swiglu"
+    tokens, pool = shape["prefix_tokens"], shape["pool"]
+    scaled, swiglu = shape["layer_scale"], shape["activation"] == "swiglu"
     dinov2 = "dinov2_with_registers" if tokens > 1 else "dinov2"
-    if shape.get("pre_norm"):
+    if shape["pre_norm"]:
         family, fits = "clip_vision_model", tokens == 1 and not scaled and pool == "class"
     elif pool == "mean":
         family, fits = "ijepa", tokens == 0 and not scaled
     elif scaled or pool == "class+mean" or tokens > 2:
-        family, fits = dinov2, shape.get("activation", "gelu") in ("gelu", "swiglu")
+        family, fits = dinov2, shape["activation"] in ("gelu", "swiglu")
     else:
         family, fits = ("deit" if tokens == 2 else "vit"), True
     if not fits or (swiglu and family not in WITH_MEAN):
