@@ -37,7 +37,6 @@ from engine import checkpoint, images, pictures, report, weights
 from engine.adapt import ADAPTERS, adapt, check_rank
 from engine.config import (
     FREE,
-    LOAD,
     Config,
     Parser,
     check,
@@ -49,7 +48,7 @@ from engine.config import (
 from engine.devices import pick_device
 from engine.files import read_json
 from engine.run import Stopped, check_folder
-from engine.start import data_identity
+from engine.start import data_identity, load_data
 
 HERE = Path(__file__).parent
 # Where the search for a learning rate begins, in units of --lr, from the best rates of the demo and of a
@@ -102,11 +101,20 @@ def best_lr(scores: dict[float, tuple]) -> float:
     return max(sorted(scores), key=scores.get)
 
 
+def score(row: dict) -> tuple[float, float]:
+    """What decides between learning rates: accuracy, then loss. A run that diverged has neither."""
+    loss = float(row.get("val_loss") or "nan")
+    return (float(row["val_accuracy"]), -loss) if math.isfinite(loss) else (-1, 0)
+
+
 class Comparison:
     """The runs of a comparison: finished ones (rows) and running ones (processes)."""
 
-    def __init__(self, config: Config, dataset: data.Dataset, passed: list[str], jobs: int):
+    def __init__(
+        self, config: Config, dataset: data.Dataset, trunks: dict, passed: list[str], jobs: int
+    ):
         self.config, self.dataset, self.passed, self.jobs = config, dataset, passed, jobs
+        self.trunks = trunks
         self.out, self.rows = Path(config.out), {}
         self.done = self.planned = 0
         self.lock, self.processes, self.stopping = threading.Lock(), set(), False
@@ -120,9 +128,7 @@ class Comparison:
         while (lr := next_lr(scores, centre)) is not None:
             with self.lock:
                 self.planned += len(scores) >= 3  # the first three are planned already
-            row = self.run(variant, lr, 0, "trial")
-            finite = math.isfinite(row.get("val_loss", math.nan))
-            scores[lr] = (row["val_accuracy"], -row["val_loss"]) if finite else (-1, 0)
+            scores[lr] = score(self.run(variant, lr, 0, "trial"))
         if max(scores.values())[0] < 0:
             raise ValueError(f"{variant}: diverged at every learning rate; try a smaller --lr")
         return best_lr(scores)
@@ -139,15 +145,13 @@ class Comparison:
         flags += ["--out", str(folder), "--resume"]
         flags += ["--test"] if part == "final" and self.dataset.test else []
         config, clock = parse(flags), time.monotonic()
-        result, log = self.result(config), folder.with_name(folder.name + ".log")
-        duration = "finished already"
-        if not result and part == "trial" and DIVERGED in last_line(log):
-            result = {}
-        elif not result:
+        log = folder.with_name(folder.name + ".log")
+        result, duration = self.result(config, log, part), "finished already"
+        if result is None:
             status = self.launch(flags, log)
             message = last_line(log)
             diverged = status == 2 and part == "trial" and DIVERGED in message
-            result = {} if diverged else None if status else self.result(config)
+            result = {} if diverged else None if status else self.result(config, log, part)
             if result is None:
                 raise ValueError(f"{name}: {message} (exit status {status}; more in {log})")
             duration = f"{time.monotonic() - clock:.0f} s"
@@ -163,20 +167,28 @@ class Comparison:
             print(f"[{self.done}/{self.planned}] {name}: {figures}, {duration}", flush=True)
         return row
 
-    def result(self, config: Config) -> dict | None:
-        """The result of a finished run; None if train.py has to train, to test or to refuse it."""
+    def result(self, config: Config, log: Path, part: str) -> dict | None:
+        """The result of a finished run, {} of a trial that has diverged; None if train.py has to train, test
+        or refuse it."""
         last, settings = (Path(config.out) / name for name in ("last.pt", "config.json"))
-        # The trunk's hash is not read here, so its name must be the same.
-        free = set(FREE) - {"weights", "model"}
-        if settings.exists() and settings.stat().st_size:  # a kill at the start leaves it empty
-            refuse_changes(config, read_json(settings), free)
-        if not last.exists():
-            return None
-        saved = checkpoint.read_resume(last, mmap=True)
-        refuse_changes(config, saved["config"], free)
-        same = data_identity(config, self.dataset).items() <= saved["identity"].items()
-        result = saved["result"] if same else None
-        return result if not config.test or "test_accuracy" in (result or {}) else None
+        trunk = self.trunks.get(config.adapter)
+        named = {"weights", "model"}  # they say which trunk it is, if no hash does
+        if last.exists():
+            saved = checkpoint.read_resume(last, mmap=True)
+            refuse_changes(config, saved["config"], set(FREE) - (set() if trunk else named))
+            identity = data_identity(config, self.dataset) | ({"trunk": trunk} if trunk else {})
+            same, result = identity.items() <= saved["identity"].items(), saved["result"]
+        else:
+            written = (
+                settings.exists() and settings.stat().st_size
+            )  # a kill at the start leaves it empty
+            previous, result = read_json(settings) if written else {}, None
+            refuse_changes(config, previous)
+            same = all(previous.get(key) == getattr(config, key) for key in (*named, "data_dir"))
+        if same and not result and part == "trial" and DIVERGED in last_line(log):
+            return {}
+        tested = not config.test or "test_accuracy" in (result or {})
+        return result if same and tested else None
 
     def launch(self, flags: list[str], log: Path) -> int:
         """Run train.py with these flags, append its output to the log, and return its exit status."""
@@ -241,8 +253,8 @@ def compare(argv: list[str]) -> None:
     main, dropouts = variants(config, options)
     finals = list(dict.fromkeys(main + dropouts))
     refuse_to_lose(Path(options.out) / "comparison.csv", finals, options.seeds, config.lr)
-    dataset = ready(config, options)
-    runs = Comparison(config, dataset, passed, options.jobs)
+    dataset, trunks = ready(config, options)
+    runs = Comparison(config, dataset, trunks, passed, options.jobs)
     runs.planned = 3 * len(main) + options.seeds * len(finals)
     print(f"{runs.planned} runs or more; their output is in {runs.out / '*.log'}", flush=True)
     lrs = dict(zip(main, runs.at_once(runs.tune, [(v,) for v in main]), strict=True))
@@ -259,14 +271,27 @@ def compare(argv: list[str]) -> None:
 
 def refuse_to_lose(table: Path, finals: list[Variant], seeds: int, lr: float) -> None:
     """Raise ValueError if the table has runs that this comparison, around this lr, would drop from it."""
+    scores = {}
     for row in report.read(table) if table.exists() else []:
-        old = Variant(*report.variant(row))
-        steps = math.log(row["lr"] / (NEAR[old.method] * lr), STEP)
-        if old not in finals or row["seed"] >= seeds or abs(steps - round(steps)) > 0.01:
-            raise ValueError(
-                f"{table}: has {old} lr {row['lr']:g} seed {row['seed']}, which this comparison would drop; "
-                "choose another --out, or include it (a run that has finished is not trained again)"
-            )
+        variant = Variant(*report.variant(row))
+        if variant not in finals or row["seed"] >= seeds:
+            advice = "include it (a run that has finished is not trained again)"
+            raise ValueError(would_drop(table, variant, row["lr"], row["seed"], advice))
+        if row["trial"]:
+            scores.setdefault(variant, {})[row["lr"]] = score(row)
+    for variant, known in scores.items():
+        tried = {}  # the rates that this search will try again, from the results of the last one
+        while (rate := next_lr(tried, NEAR[variant.method] * lr)) in known:
+            tried[rate] = known[rate]
+        for rate in known.keys() - tried.keys():
+            raise ValueError(would_drop(table, variant, rate, 0, "give the --lr of then"))
+
+
+def would_drop(table: Path, variant: Variant, lr: float, seed: int, advice: str) -> str:
+    return (
+        f"{table}: has {variant} lr {lr:g} seed {seed}, which this comparison would drop; choose another "
+        f"--out, or {advice}"
+    )
 
 
 def variants(config: Config, options) -> tuple[list[Variant], list[Variant]]:
@@ -357,28 +382,36 @@ def listed(name: str, options, kind: type, expected: str, allowed: Callable) -> 
     return list(dict.fromkeys(values))
 
 
-def ready(config: Config, options) -> data.Dataset:
-    """The data set, its images decoded if train.py would keep them. Raises ValueError for everything that a
-    run would refuse, now rather than an hour later."""
+def ready(config: Config, options) -> tuple[data.Dataset, dict[str, str]]:
+    """The data set, its images decoded if train.py would keep them, and the trunk's hash for each method.
+
+    A random trunk has none, nor has full fine-tuning, which freezes nothing. Raises ValueError for everything
+    that a run would refuse, now rather than an hour later.
+    """
     check(config)
     check_folder(config)
     weights.check_weights(config.weights)
     pick_device(config.device)
-    dataset = data.load(*(getattr(config, key) for key in LOAD))
+    dataset = load_data(config)
     check_sizes(config, len(dataset.train), dataset.test is not None)
     c, classes = config, len(dataset.classes)
     model, preprocessing = vit.build(
         c.model, c.weights, classes, c.image_size, c.head_dropout, heads=c.heads
     )
+    trunks = {}
+    if "head" in options.methods:
+        adapt(model, "head", bias=c.bias)
+        trunks["head"] = checkpoint.fingerprint(model)
     if set(options.methods) & set(ADAPTERS):
-        adapt(model, "lora", max(options.ranks), targets=c.targets)
+        adapt(model, "lora", max(options.ranks), targets=c.targets, bias=c.bias)
         check_rank(model, max(options.ranks))
+        trunks |= dict.fromkeys(ADAPTERS, checkpoint.fingerprint(model))
     for split in filter(None, (dataset.train, dataset.val, dataset.test)):
         folder = c.cache_dir or Path(c.out) / "cache"
         how = {"interpolation": preprocessing["interpolation"]}
         images.keep(split, folder, preprocessing["image_size"], c.cache, c.workers, **how)
     Path(c.out).mkdir(parents=True, exist_ok=True)
-    return dataset
+    return dataset, {} if c.weights == "none" else trunks
 
 
 def stop(number: int, frame) -> None:

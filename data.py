@@ -112,6 +112,7 @@ def load(
             raise
         fetch(name, data_dir or "data")
         splits, names = SOURCES[name](data_dir or "data")
+    given = set() if holdout or folds else {*splits}
     if "val" not in splits and not (holdout or folds):
         everything = splits["train"]
         parts = stratified(relative(everything.files), everything.labels, [0.8])
@@ -144,7 +145,8 @@ def load(
         splits |= {"train": train.rows(train_rows), "val": train.rows(val_rows)}
     for key, split in splits.items():
         if not len(split):
-            hint = "a class needs two images to be split"
+            made = key in ("train", "val") and "val" not in given
+            hint = "a class needs two images to be split" if made else "is the data set complete?"
             hint = "check --classes" if wanted else "use fewer --folds" if folds else hint
             raise ValueError(f"{name}: the {key} split has no images; {hint}")
     return Dataset(names, **splits)
@@ -494,8 +496,8 @@ def folder(data_dir: str | None):
     others = [path.name for path in subfolders(root) if inside and path not in inside.values()]
     others += [name for name in os.listdir(top) if name.lower().endswith(IMG_EXTENSIONS)]
     if others:
-        shown = printable(", ".join(others[:3])) + (" ..." if others[3:] else "")
-        print(f"{root}: left out, as they belong to no class: {len(others)} ({shown})")
+        shown = ", ".join(others[:3]) + (" ..." if others[3:] else "")
+        print(printable(f"{root}: left out, as they belong to no class: {len(others)} ({shown})"))
     splits = {"train": list_classes(top, classes)}
     for key in ("val", "test"):
         if key not in inside:
@@ -717,7 +719,6 @@ def class_ranks(labels: np.ndarray) -> np.ndarray:
 def relative(files: list[str]) -> list[str]:
     """The paths within their common folder, alike on all systems: with / between their parts, and an
     accented letter as one character, where macOS has two."""
-    files = [os.path.normpath(file) for file in files]  # as commonpath does
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     paths = (file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files)
     return [unicodedata.normalize("NFC", path) for path in paths]

@@ -56,7 +56,9 @@ def to_peft(
             f"{path}: the MLP of a SwiGLU has other layers in transformers: adapt query, key, value, out"
         )
     if info["bias"] == "all" and (swiglu or family == "clip_vision_model"):
-        raise ValueError(f"{path}: --bias all: transformers' class has not all of these biases")
+        raise ValueError(
+            f"{path}: --bias all: transformers' class lacks some of these biases; train with --bias adapter"
+        )
     base = base or hub_base(info, family, weights)
     head = {key: tensors.pop(key) for key in list(tensors) if key.startswith("heads.head.")}
     if family in WITH_MEAN and model.shape["pool"] == "class":
@@ -278,6 +280,15 @@ def fold_layer_scale(model: nn.Module) -> nn.Module:
     return model
 
 
+USED = {  # the flags that say something to each direction
+    "--to peft": ("weights", "base"),
+    "--to torchvision": ("weights",),
+    "--to kohya": (),
+    "--to diffusers": (),
+    "--from peft": ("weights", "classes"),
+}
+
+
 def run(argv: list[str] | None) -> None:
     parser = Parser(
         description="Convert adapter files to PEFT folders and back, or to files for other tools."
@@ -290,35 +301,34 @@ def run(argv: list[str] | None) -> None:
     add("--to", nargs=2, metavar=("KIND", "PATH"), help=kinds)
     add("--from", nargs=2, metavar=("KIND", "PATH"), dest="source", help="peft FOLDER")
     add("--weights", help="the pretrained weights: a name or a file (default: as in training)")
-    add("--base", default="", help="for --to peft: the Hugging Face model with these weights")
+    add("--base", help="for --to peft: the Hugging Face model with these weights")
     add("--classes", help="for --from peft: comma-separated names, or a file with one per line")
     arguments = parser.parse_args(argv)
     if (arguments.to is None) == (arguments.source is None):
         parser.error("expected either --to or --from")
-    kind, path = arguments.to or arguments.source
-    if arguments.classes and arguments.to:
-        parser.error("--classes: only for --from peft")
-    if arguments.base and not (arguments.to and kind == "peft"):
-        parser.error("--base: only for --to peft")
-    if arguments.to and kind == "peft":
-        to_peft(arguments.adapter, path, arguments.weights, arguments.base)
+    flag, (kind, path) = "--to" if arguments.to else "--from", arguments.to or arguments.source
+    direction = f"{flag} {kind}"
+    if direction not in USED:
+        to = "peft or torchvision; from a UNet's PEFT folder, kohya or diffusers"
+        parser.error(f"{direction}: expected {to if arguments.to else 'peft'}")
+    for name in ("weights", "base", "classes"):
+        if getattr(arguments, name) is not None and name not in USED[direction]:
+            parser.error(f"--{name}: only for {', '.join(d for d in USED if name in USED[d])}")
+    if direction == "--to peft":
+        to_peft(arguments.adapter, path, arguments.weights, arguments.base or "")
         print(f"PEFT folder: {path}")
-    elif arguments.to and kind == "torchvision":
+    elif direction == "--to torchvision":
         print(f"{path} loads into {to_torchvision(arguments.adapter, path, arguments.weights)}")
-    elif arguments.to and kind == "kohya":
+    elif direction == "--to kohya":
         to_kohya(arguments.adapter, path)
         print(f"{path}: for ComfyUI, Forge and A1111")
-    elif arguments.to and kind == "diffusers":
+    elif direction == "--to diffusers":
         to_diffusers(arguments.adapter, path)
         print(f"{path}: for load_lora_weights")
-    elif arguments.source and kind == "peft":
+    else:
         info = from_peft(path, arguments.adapter, arguments.weights, arguments.classes)
         summary = {key: info[key] for key in ("rank", "alpha", "targets", "weights")}
         print(f"{arguments.adapter}: {info['adapter']}, {len(info['classes'])} classes, {summary}")
-    else:
-        to = "peft or torchvision; from a UNet's PEFT folder, kohya or diffusers"
-        flag, kinds = ("--to", to) if arguments.to else ("--from", "peft")
-        parser.error(f"{flag} {kind}: expected {kinds}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -262,7 +262,10 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print("predict.py: out of memory; try a smaller --batch-size", file=sys.stderr)
+        print(
+            "predict.py: out of memory; try a smaller --batch-size, or --device cpu",
+            file=sys.stderr,
+        )
         return 2
 
 

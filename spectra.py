@@ -231,9 +231,10 @@ def run(argv: list[str] | None) -> None:
     labels = {adapter.label for adapter in shown}
     if len(labels) < len(shown):  # file names make equal labels different
         for path, adapter in zip(map(Path, given.adapters), shown, strict=True):
-            run = path.parent if path.name == checkpoint.ADAPTER_FILE else path
+            path = path.resolve()
+            place = path.parent if path.name == checkpoint.ADAPTER_FILE else path
             # Not a folder's stem: those of compare.py's runs have a point in their names ("lr0.005").
-            name = run.name if run.is_dir() else run.stem
+            name = place.name if place.is_dir() else place.stem
             adapter.label = f"{shorten(name, 30)}: {adapter.label}"
     draw(shown, f"delta W of {layer}", Path(given.out))
     if given.norms:

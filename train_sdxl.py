@@ -120,9 +120,8 @@ def train_step(run: Run, batches: list, optimizer, scaler) -> torch.Tensor:
     seed = (config.seed * 1_000_003 + run.step) % 2**32
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(2**32 - 1 - seed)  # dropout; of the same seed, it would repeat `random`
-    scaler.scale(
-        mean_loss
-    )  # it starts here, also in a process that has no picture in its first step
+    # Here the loss scale gets its first value, also in a process without a picture in its first step.
+    scaler.scale(mean_loss)
     for rows in batches:
         pictures = [run.dataset.train[row] for row in rows]
         flips, drops, times, *noises = numbers(run, pictures, random)

@@ -218,8 +218,8 @@ RECIPES = {
     "food101-lokr": {**FOOD101, "adapter": "lokr", "module_dropout": 0.1},
 }
 
-LOAD = (  # the arguments of data.load
-    "dataset data_dir limit classes download holdout folds fold labels image_column label_column"
+LOAD = (  # the arguments of data.load, but for the first one
+    "data_dir limit classes download holdout folds fold labels image_column label_column"
 ).split()
 
 # What a resumed run may change: it does not change what is learnt, or it is compared elsewhere (the trunk).

@@ -178,7 +178,7 @@ SETTINGS = {}
 # SETTINGS = {"dataset": "folder", "data_dir": "/kaggle/input/photos"}  # a folder for each class
 # SETTINGS = {"dataset": "csv", "data_dir": "/kaggle/input/leaves"}  # train.csv, and images anywhere
 # SETTINGS = {"recipe": "food101-lokr"}  # all of Food 101
-# SETTINGS = {"adapter": "lokr", "lr": 6e-3, "epochs": 2}  # any flag of train.py but out and resume
+# SETTINGS = {"adapter": "lokr", "lr": 6e-3, "epochs": 2}  # any flag but out, resume, max_hours
 # For photographs, take 2.5 times LoRA's lr of 1e-3 for LoHa, 6 times for LoKr. The digits' recipe does so.
 COMPARE = None  # more adapters to train: ["lokr", "loha"]; None: lokr, but only on the digits
 HOURS = 11.0  # from the first cell on; then training saves and stops
@@ -260,7 +260,7 @@ import vit
 from engine import checkpoint, pictures
 from engine.adapt import ADAPT, METHODS, adapt
 from engine.config import FREE, Config
-from engine.start import begin
+from engine.start import begin, load_data
 from engine.tables import SAMPLES, TABLES, choose, in_test
 
 
@@ -311,10 +311,7 @@ config, _, _ = begin(Config(**settings))  # with the settings of init_adapter, i
 print(settings)
 """),
         code("""
-from inspect import signature
-
-arguments = {key: getattr(config, key) for key in signature(data.load).parameters if key != "name"}
-dataset = data.load(config.dataset, **arguments)
+dataset = load_data(config)
 print(f"{len(dataset.train):,} images train, {len(dataset.val):,} validate")
 print(f"{len(dataset.classes)} classes: {', '.join(dataset.classes[:10])}")
 if not gpus and not demo:
@@ -369,13 +366,14 @@ os.environ["TQDM_MININTERVAL"] = "60"  # seconds: the notebook keeps each state 
 def folder_of(adapter):
     \"\"\"The folder of a run, named after its settings; copied from an earlier session if that is attached.\"\"\"
     known = {"adapter", "dataset", *FREE} - {"model", "recipe", "weights"}
-    values = {key: value for key, value in SETTINGS.items() if key not in known and value != title}
+    values = {k: v for k, v in SETTINGS.items() if k not in known and v not in (None, title)}
     if "weights" in values:  # wherever they are attached
-        values["weights"] = Path(values["weights"]).name
+        mount = "(competitions/|(datasets|models|notebooks)/[^/]+/)?"
+        values["weights"] = re.sub(f"^{re.escape(INPUT)}/{mount}", "", str(values["weights"]))
     parts = [title, adapter, *(f"{key}-{value}" for key, value in values.items())]
     name = re.sub(r"[^\\w.]+", "-", "-".join(parts))
-    if len(name) > 100:  # a file system allows 255 bytes
-        name = f"{name[:90]}-{zlib.crc32(name.encode()):08x}"
+    if len(name.encode()) > 100:  # a file system allows 255 bytes
+        name = f"{name[:60]}-{zlib.crc32(name.encode()):08x}"
     folder, earlier = KEEP / name, []
     found(name, lambda place: (place / name / "last.pt").exists() and earlier.append(place / name))
     if earlier and not folder.exists():  # of several sessions, take the one that came furthest

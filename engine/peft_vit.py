@@ -16,7 +16,9 @@ from engine.peft_folder import CONFIG, PREFIX, endings, expected, layers_of, rea
 
 LABELS = "id2label.json"  # not config.json, which would make transformers load a whole model
 HEAD = "head.safetensors"  # of CLIPVisionModel, which has no place for it
-FAMILIES = {  # transformers' model_type: what stands before its names, and their layouts
+# transformers' model_type: what stands before its names, and their layouts. If names fit several families,
+# names_in takes the last.
+FAMILIES = {
     "clip_vision_model": [("vision_model.", "clip"), ("", "clip")],
     "vit": [("vit.", "vit"), ("vit.", "vit5")],
     "deit": [("deit.", "vit"), ("deit.", "vit5")],

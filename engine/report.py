@@ -38,7 +38,8 @@ def kept(config: Config, classes: int) -> int | None:
     model, preprocessing = vit.build(
         c.model, c.weights, classes, c.image_size, c.head_dropout, heads=c.heads
     )
-    model.encoder.layers.recompute = c.recompute
+    # The frozen blocks of a linear probe keep nothing, but checkpoint's first pass would be counted.
+    model.encoder.layers.recompute = c.recompute and c.adapter != "head"
     arguments = {key: getattr(c, key) for key in ADAPT}
     # No module_dropout: every adapter takes part in this batch.
     adapt(model, dropout=c.adapter_dropout, **arguments)

@@ -276,7 +276,8 @@ def refuse_others(config, identity: dict, last: dict | None) -> None:
         previous, now = (part.get(key) for part in (previous_identity, identity))
         if previous != now:
             raise ValueError(
-                f"--resume: {config.out}/last.pt: {key} was {previous!s:.90}, is now {now!s:.90}"
+                f"--resume: {config.out}/last.pt: {key} was {previous!s:.90}, is now {now!s:.90}; give the "
+                "old data and weights, or another --out for a new run"
             )
 
 

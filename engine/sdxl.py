@@ -30,6 +30,12 @@ from engine.weights import is_hub_name
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "toy_sdxl"
 WEIGHTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TEXTS = (
+    "model_index.json",
+    "scheduler/*",
+    "tokenizer*/*",
+    *(f"{part}/config.json" for part in WEIGHTS),
+)
 CHUNK = 256  # captions or pictures in a file of Encoded
 IN_MEMORY = 2**30  # bytes of such files; more are read from the disk in each step
 
@@ -140,14 +146,8 @@ def find(name: str) -> Path:
     libraries()
     from huggingface_hub import snapshot_download
 
-    texts = [
-        "model_index.json",
-        "scheduler/*",
-        "tokenizer*/*",
-        *(f"{w}/config.json" for w in WEIGHTS),
-    ]
     for end in (".fp16.safetensors", ".safetensors"):  # half the size, where there is such a file
-        patterns = [*texts, *(f"{part}/*{end}" for part in WEIGHTS)]
+        patterns = [*TEXTS, *(f"{part}/*{end}" for part in WEIGHTS)]
         try:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
         except Exception as error:  # requests', httpx', the hub's own
@@ -173,9 +173,12 @@ def fingerprint(folder: Path) -> str:
     """A hash of the settings and tokenizers, and of the weights' sizes, beginnings, middles and ends: reading
     7 GB would take long."""
     digest = hashlib.sha256()
-    for file in sorted(file for end in ("json", "txt") for file in folder.glob(f"**/*.{end}")):
+    texts = {
+        file for text in TEXTS for file in folder.glob(text) if file.suffix in (".json", ".txt")
+    }
+    for file in sorted(texts):
         digest.update(f"{file.relative_to(folder)} ".encode() + file.read_bytes())
-    for file in weight_files(folder):
+    for file in sorted(file for part in WEIGHTS for file in weight_files(folder, part)):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with open(file, "rb") as content:
@@ -185,13 +188,10 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Of each part those in half precision, if there are any: the others may be downloaded later."""
-    files = []
-    for part in WEIGHTS:
-        of_part = sorted((folder / part).glob("*.safetensors"))
-        files += [file for file in of_part if ".fp16" in file.name] or of_part
-    return sorted(files)
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The weights of a part: those in half precision if there are any, as find downloads them."""
+    files = sorted((folder / part).glob("*.safetensors"))
+    return [file for file in files if ".fp16" in file.name] or files
 
 
 def load(base: Base, part: str, dtype: torch.dtype) -> nn.Module:
@@ -203,9 +203,7 @@ def load(base: Base, part: str, dtype: torch.dtype) -> nn.Module:
         "text_encoder": transformers.CLIPTextModel,
         "text_encoder_2": transformers.CLIPTextModelWithProjection,
     }
-    names = [file.name for file in (base.folder / part).glob("*.safetensors")]
-    halves = [".fp16" in name for name in names]
-    half = any(halves) and (dtype != torch.float32 or all(halves))
+    half = any(".fp16" in file.name for file in weight_files(base.folder, part))
     how = {"variant": "fp16" if half else None, "use_safetensors": True}
     how["dtype" if part.startswith("text") else "torch_dtype"] = dtype
     try:

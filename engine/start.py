@@ -57,7 +57,7 @@ def prepare(config: Config) -> Run:
     checkpoint.seed_generators(config.seed)
     c = config
     with devices.in_turn():
-        dataset = data.load(*(getattr(c, key) for key in LOAD))
+        dataset = load_data(config)
         check_sizes(config, len(dataset.train), dataset.test is not None)
         shape = shape_of(last, config) if last else source.shape if source else {}
         model, preprocessing = vit.build(
@@ -113,6 +113,10 @@ def prepare(config: Config) -> Run:
         extra={"unreadable": unreadable, "shape": model.shape},
         started=started,
     )
+
+
+def load_data(config: Config) -> data.Dataset:
+    return data.load(config.dataset, **{key: getattr(config, key) for key in LOAD})
 
 
 def data_identity(config: Config, dataset: data.Dataset) -> dict:

@@ -139,16 +139,15 @@ def labelled(
     if not taken:
         raise ValueError(f"{path}: no row has both an image and a label")
     shown = head[columns[0]] if len(columns) == 1 else f"{len(columns)} columns of 0 and 1"
-    print(
-        f"{path}: images by {head[column]}, labels by {shown}: {len(taken):,} images, {len(classes)} classes"
-    )
+    found = f"{len(taken):,} images, {len(classes)} classes"
+    print(printable(f"{path}: images by {head[column]}, labels by {shown}: {found}"))
     seen = {*taken.values()}
     left_out["images without a label"] = [x for i, x in enumerate(images) if i not in taken]
     left_out["classes without an image"] = [x for i, x in enumerate(classes) if i not in seen]
     for what, which in left_out.items():
         if which:
-            listed = printable(", ".join(which[:3]))
-            print(f"{path}: {what}: {len(which):,} ({listed}{' ...' if which[3:] else ''})")
+            listed = ", ".join(which[:3]) + (" ..." if which[3:] else "")
+            print(printable(f"{path}: {what}: {len(which):,} ({listed})"))
     order = sorted(taken)
     return order, np.array([taken[i] for i in order], np.int64), classes
 

@@ -1,12 +1,15 @@
 """compare.py: its table against its rows, its rows against the runs, and how it stops and resumes."""
 
 import csv
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +17,8 @@ import pytest
 import torch
 from conftest import LIMIT, ROOT, wait_until
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from trees import pets
 
 import compare
@@ -21,6 +26,7 @@ import train
 from engine import checkpoint, pictures, report
 from engine.config import parse
 from engine.run import Run
+from engine.weights import EMBEDDED
 
 TINY = "--limit 40 --epochs 1 --batch-size 8 --image-size 14 --workers 0 --device cpu".split()
 # For the embedded trunk (6 blocks, widths 128 and 512) at rank 2, with the head's 1,290.
@@ -287,6 +293,7 @@ def test_kept_is_what_autograd_saves():
     probe = 8 * 5 * 128 * 4 + 8 * 10 * 4 + 8 * 8 + 4
     assert kept("--adapter", "head") == probe
     assert kept("--adapter", "head", "--batch-size", "16") == 2 * probe - 4
+    assert kept("--adapter", "head", "--recompute") == probe
     # For one more rank, LoRA keeps one more column of the factor that is multiplied by scale.
     lora = {rank: kept("--adapter", "lora", "--rank", str(rank)) for rank in (2, 8)}
     factors = 6 * (4 * 128 + 128 + 512)
@@ -298,11 +305,13 @@ def test_kept_is_what_autograd_saves():
     assert full > kept("--adapter", "lokr") + images
 
 
-def diverge(log):
-    """Write the log of a run whose loss is not finite, and return its exit status."""
+def diverge(flags, log):
+    """Write config.json and log of a run whose loss is not finite, and return its exit status."""
     optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     folder = log.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(parse(flags))))
     run = SimpleNamespace(optimizer=optimizer, scaler=scaler, saved=None, step=3, folder=folder)
     log.write_text(f"train.py: {Run.diverged(run, 'the loss is nan')}\n")
     return 2
@@ -310,7 +319,7 @@ def diverge(log):
 
 def test_a_learning_rate_that_diverges_is_not_chosen(tmp_path, monkeypatch):
     def last_diverges(self, flags, log):
-        return diverge(log) if "0.0125" in flags else launch(self, flags, log)
+        return diverge(flags, log) if "0.0125" in flags else launch(self, flags, log)
 
     monkeypatch.setattr(compare.Comparison, "launch", last_diverges)
     flags = ["--methods", "lora", "--ranks", "2", "--seeds", "1", "--dropouts", ""]
@@ -327,7 +336,7 @@ def test_divergence_of_every_trial_or_of_a_final_run_ends_the_comparison(
     tmp_path, monkeypatch, capsys
 ):
     flags = ["--methods", "lora", "--ranks", "2", "--out", str(tmp_path / "out"), *TINY]
-    monkeypatch.setattr(compare.Comparison, "launch", lambda self, flags, log: diverge(log))
+    monkeypatch.setattr(compare.Comparison, "launch", lambda self, flags, log: diverge(flags, log))
     assert compare.main(flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line == "compare.py: lora rank 2: diverged at every learning rate; try a smaller --lr"
@@ -336,7 +345,7 @@ def test_divergence_of_every_trial_or_of_a_final_run_ends_the_comparison(
     assert compare.main(flags) == 2 and capsys.readouterr().err.strip() == line
 
     def finals_diverge(self, flags, log):
-        return diverge(log) if "--test" in flags else launch(self, flags, log)
+        return diverge(flags, log) if "--test" in flags else launch(self, flags, log)
 
     monkeypatch.setattr(compare.Comparison, "launch", finals_diverge)
     assert compare.main([*flags, "--out", str(tmp_path / "finals")]) == 2
@@ -379,13 +388,35 @@ def test_runs_of_another_trunk_or_other_data_are_not_taken_for_this_comparison_s
     assert "last.pt: classes was" in line and "a new name" in line
 
 
+def test_the_trunk_is_known_by_its_hash_wherever_its_file_lies(tmp_path, monkeypatch, capsys):
+    """A finished run is taken if its weights have moved, and refused if others lie there."""
+    (tmp_path / "a").mkdir()
+    shutil.copy(EMBEDDED, tmp_path / "a" / "trunk.safetensors")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--methods", "head", "--seeds", "1", "--out", "out", *TINY, "--weights"]
+    assert compare.main([*flags, "a/trunk.safetensors"]) == 0
+    (tmp_path / "a").rename(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Comparison, "launch", None)  # no run is left to start
+        assert compare.main([*flags, "./b/trunk.safetensors"]) == 0
+    tensors = load_file("b/trunk.safetensors")
+    tensors["encoder.ln.weight"] += 1
+    with safe_open("b/trunk.safetensors", "pt") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k != "checksums"}
+    save_file(tensors, "b/trunk.safetensors", metadata)
+    capsys.readouterr()
+    assert compare.main([*flags, "b/trunk.safetensors"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "last.pt: trunk was" in line and "give the old data and weights" in line
+
+
 def test_a_run_that_diverged_with_other_settings_says_nothing_of_these(
     tmp_path, monkeypatch, capsys
 ):
     def diverges(self, flags, log):  # in its first epoch
         launch(self, flags, log)
         (log.with_suffix("") / "last.pt").unlink()
-        return diverge(log)
+        return diverge(flags, log)
 
     flags = ["--methods", "head", "--out", str(tmp_path / "out"), *TINY]
     monkeypatch.setattr(compare.Comparison, "launch", diverges)
@@ -469,7 +500,15 @@ def test_a_table_is_not_replaced_by_a_smaller_one(whole, tmp_path, capsys):
     flags[flags.index("1")] = "2"
     assert compare.main([*flags, "--lr", "0.004"]) == 2  # all other rates, so none of these rows
     assert re.search(r"has head lr \S+ seed 0, which", capsys.readouterr().err)
+    for steps in (-6, -1, 1):  # rates of the same grid: the search would try other ones
+        shifted = str(0.005 * 2.5**steps)
+        assert compare.main([*flags, "--lr", shifted]) == 2
+        assert re.search(r"which this comparison .* give the --lr of then", capsys.readouterr().err)
     assert (whole / "comparison.csv").read_bytes() == before
+    whole_table = before.decode()
+    (tmp_path / "comparison.csv").write_text(whole_table.replace("lora", "dora"))
+    assert compare.main([*flags, "--out", str(tmp_path)]) == 2
+    assert re.search(r"has dora rank 2 lr \S+ seed 0, which", capsys.readouterr().err)
     (tmp_path / "comparison.csv").write_text("a,b\n1,2\n")
     assert compare.main(["--methods", "head", "--out", str(tmp_path), *TINY]) == 2
     assert "comparison.csv: not a table of compare.py" in capsys.readouterr().err

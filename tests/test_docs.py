@@ -151,6 +151,7 @@ def test_commands_that_predict_and_export_and_draw(runs, capsys):
     assert line in said.splitlines()
 
 
+@pytest.mark.slow
 def test_commands_of_compare(tmp_path, monkeypatch, capsys):
     """As far as the last picture, but for one method, one seed and few images; in this process."""
     monkeypatch.setattr(compare.Comparison, "launch", launch)
@@ -244,6 +245,7 @@ def test_commands_of_torchrun(tmp_path):
     assert done["step"] == 2 and done["config"]["batch_size"] == 4
 
 
+@pytest.mark.slow
 def test_every_training_command_gets_as_far_as_the_first_step(runs):
     """All but the weights, which cannot be had without network, and the size of the run."""
     tiny_imagenet(runs.parent / "path/to/tiny-imagenet-200", classes=4)

@@ -466,7 +466,13 @@ def test_models_that_peft_cannot_save_are_refused(tmp_path):
         ("a.safetensors --to onnx x", "--to onnx: expected peft or torchvision"),
         ("b.safetensors --from torchvision x", "--from torchvision: expected peft; see"),
         ("a.safetensors --to peft x --classes a,b", "--classes: only for --from peft"),
+        ("a.safetensors --to peft x --classes=", "--classes: only for --from peft"),
         ("a.safetensors --to torchvision x --base a/b", "--base: only for --to peft"),
+        ("a.safetensors --to pfet x --base a/b", "--to pfet: expected peft or torchvision"),
+        (
+            "folder --to kohya x --weights w",
+            "--weights: only for --to peft, --to torchvision, --from",
+        ),
         ("missing.safetensors --to peft x", "missing.safetensors: no such adapter file"),
         ("a.safetensors --to peft folder", "folder: already holds an adapter"),
         ("a.safetensors --from peft folder", "a.safetensors: already exists"),

@@ -185,10 +185,10 @@ def test_a_last_pt_that_changes_while_a_run_starts_is_not_resumed(
     }[moment]
     whole = getattr(module, name)
 
-    def late(*arguments):
+    def late(*arguments, **named):
         found = whole(*arguments) if moment == "read" else None  # replaced once it has been read
         os.utime(last, ns=(1, 1))
-        return found or whole(*arguments)
+        return found or whole(*arguments, **named)
 
     monkeypatch.setattr(module, name, late)
     assert train.main([*flags, "--resume", "--test"]) == 2

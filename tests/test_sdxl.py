@@ -265,8 +265,14 @@ def test_weights_that_are_not_read_do_not_change_the_base(folder, tmp_path):
     file = next((base / "unet").glob("*.safetensors"))
     half = file.rename(file.with_name(f"{file.stem}.fp16.safetensors"))
     before = sdxl.fingerprint(base)
+    weights = sdxl.load(sdxl.read_base(str(base)), "unet", torch.float32)
     file.write_bytes(b"downloaded later")
+    (base / "vae_1_0").mkdir()
+    (base / "vae_1_0" / "config.json").write_text("{}")
     assert sdxl.fingerprint(base) == before
+    again = sdxl.load(sdxl.read_base(str(base)), "unet", torch.float32)
+    for name, tensor in weights.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
     half.write_bytes(b"other weights")
     assert sdxl.fingerprint(base) != before
 
