@@ -103,8 +103,9 @@ def best_lr(scores: dict[float, tuple]) -> float:
 
 def score(row: dict) -> tuple[float, float]:
     """What decides between learning rates: accuracy, then loss. A run that diverged has neither."""
-    loss = float(row.get("val_loss") or "nan")
-    return (float(row["val_accuracy"]), -loss) if math.isfinite(loss) else (-1, 0)
+    if row.get("val_loss") in (None, "") or not math.isfinite(float(row["val_loss"])):
+        return -1, 0
+    return float(row["val_accuracy"]), -float(row["val_loss"])
 
 
 class Comparison:
@@ -168,23 +169,22 @@ class Comparison:
         return row
 
     def result(self, config: Config, log: Path, part: str) -> dict | None:
-        """The result of a finished run, {} of a trial that has diverged; None if train.py has to train, test
-        or refuse it."""
+        """The result of a finished run; {} for a trial that diverged; None if train.py must run."""
         last, settings = (Path(config.out) / name for name in ("last.pt", "config.json"))
-        trunk = self.trunks.get(config.adapter)
-        named = {"weights", "model"}  # they say which trunk it is, if no hash does
+        # Full fine-tuning freezes nothing, so no hash says which trunk it began with.
+        free = set(FREE) - {"weights", "model"}
         if last.exists():
             saved = checkpoint.read_resume(last, mmap=True)
-            refuse_changes(config, saved["config"], set(FREE) - (set() if trunk else named))
+            previous, result = saved["config"], saved["result"]
+            trunk = self.trunks.get(config.adapter)
             identity = data_identity(config, self.dataset) | ({"trunk": trunk} if trunk else {})
-            same, result = identity.items() <= saved["identity"].items(), saved["result"]
+            same = identity.items() <= saved["identity"].items()
         else:
-            written = (
-                settings.exists() and settings.stat().st_size
-            )  # a kill at the start leaves it empty
+            # A kill at the start leaves config.json empty.
+            written = settings.exists() and settings.stat().st_size
             previous, result = read_json(settings) if written else {}, None
-            refuse_changes(config, previous)
-            same = all(previous.get(key) == getattr(config, key) for key in (*named, "data_dir"))
+            same = "data_dir" in previous and previous["data_dir"] == config.data_dir
+        refuse_changes(config, previous, free)
         if same and not result and part == "trial" and DIVERGED in last_line(log):
             return {}
         tested = not config.test or "test_accuracy" in (result or {})
@@ -284,7 +284,8 @@ def refuse_to_lose(table: Path, finals: list[Variant], seeds: int, lr: float) ->
         while (rate := next_lr(tried, NEAR[variant.method] * lr)) in known:
             tried[rate] = known[rate]
         for rate in known.keys() - tried.keys():
-            raise ValueError(would_drop(table, variant, rate, 0, "give the --lr of then"))
+            advice = "the --lr it was made with, if this version made it"
+            raise ValueError(would_drop(table, variant, rate, 0, advice))
 
 
 def would_drop(table: Path, variant: Variant, lr: float, seed: int, advice: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -280,6 +281,22 @@ def test_the_trunk_has_a_name(flags, name):
     assert report.trunk(parse(flags.split())) == name
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "wanted"),
+    [
+        (1.0, 0.0, (1, 0)),
+        ("1.0", "0.0", (1, 0)),
+        ("0.5", "2.0", (0.5, -2)),
+        (0.9, math.nan, (-1, 0)),
+        ("0.1", "inf", (-1, 0)),
+        ("", "", (-1, 0)),
+    ],
+)
+def test_only_a_run_without_a_finite_loss_has_diverged(accuracy, loss, wanted):
+    assert compare.score({"val_accuracy": accuracy, "val_loss": loss}) == wanted
+    assert compare.score({}) == (-1, 0)
+
+
 def test_the_smaller_loss_decides_between_equal_accuracies():
     assert compare.best_lr({0.1: (0.9, -2.0), 0.2: (0.9, -1.0), 0.3: (0.8, -0.1)}) == 0.2
 
@@ -388,24 +405,19 @@ def test_runs_of_another_trunk_or_other_data_are_not_taken_for_this_comparison_s
     assert "last.pt: classes was" in line and "a new name" in line
 
 
-def test_the_trunk_is_known_by_its_hash_wherever_its_file_lies(tmp_path, monkeypatch, capsys):
-    """A finished run is taken if its weights have moved, and refused if others lie there."""
-    (tmp_path / "a").mkdir()
-    shutil.copy(EMBEDDED, tmp_path / "a" / "trunk.safetensors")
+def test_other_weights_under_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
+    shutil.copy(EMBEDDED, tmp_path / "trunk.safetensors")
     monkeypatch.chdir(tmp_path)
-    flags = ["--methods", "head", "--seeds", "1", "--out", "out", *TINY, "--weights"]
-    assert compare.main([*flags, "a/trunk.safetensors"]) == 0
-    (tmp_path / "a").rename(tmp_path / "b")
-    with monkeypatch.context() as patch:
-        patch.setattr(compare.Comparison, "launch", None)  # no run is left to start
-        assert compare.main([*flags, "./b/trunk.safetensors"]) == 0
-    tensors = load_file("b/trunk.safetensors")
+    flags = ["--methods", "head", "--seeds", "1", "--out", "out", *TINY]
+    flags += ["--weights", "trunk.safetensors"]
+    assert compare.main(flags) == 0
+    tensors = load_file("trunk.safetensors")
     tensors["encoder.ln.weight"] += 1
-    with safe_open("b/trunk.safetensors", "pt") as file:
+    with safe_open("trunk.safetensors", "pt") as file:
         metadata = {k: v for k, v in file.metadata().items() if k != "checksums"}
-    save_file(tensors, "b/trunk.safetensors", metadata)
+    save_file(tensors, "trunk.safetensors", metadata)
     capsys.readouterr()
-    assert compare.main([*flags, "b/trunk.safetensors"]) == 2
+    assert compare.main(flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "last.pt: trunk was" in line and "give the old data and weights" in line
 
@@ -503,12 +515,15 @@ def test_a_table_is_not_replaced_by_a_smaller_one(whole, tmp_path, capsys):
     for steps in (-6, -1, 1):  # rates of the same grid: the search would try other ones
         shifted = str(0.005 * 2.5**steps)
         assert compare.main([*flags, "--lr", shifted]) == 2
-        assert re.search(r"which this comparison .* give the --lr of then", capsys.readouterr().err)
+        assert re.search(
+            r"which this comparison .* the --lr it was made with", capsys.readouterr().err
+        )
     assert (whole / "comparison.csv").read_bytes() == before
     whole_table = before.decode()
     (tmp_path / "comparison.csv").write_text(whole_table.replace("lora", "dora"))
     assert compare.main([*flags, "--out", str(tmp_path)]) == 2
     assert re.search(r"has dora rank 2 lr \S+ seed 0, which", capsys.readouterr().err)
-    (tmp_path / "comparison.csv").write_text("a,b\n1,2\n")
-    assert compare.main(["--methods", "head", "--out", str(tmp_path), *TINY]) == 2
-    assert "comparison.csv: not a table of compare.py" in capsys.readouterr().err
+    for text in ("a,b\n1,2\n", "method,rank,dropout,lr,seed\nhead,,0,0.1,0\n"):
+        (tmp_path / "comparison.csv").write_text(text)
+        assert compare.main(["--methods", "head", "--out", str(tmp_path), *TINY]) == 2
+        assert "comparison.csv: not a table of compare.py" in capsys.readouterr().err

@@ -585,6 +585,10 @@ def test_figures_of_other_ranks_layers_and_images_are_the_tables():
             assert bool(cell) == bool(seeds)
             if seeds:
                 assert cell == f"{statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f}", line
+    means = {line[0]: [float(cell.split()[0]) for cell in line[1:5] if cell] for line in lines}
+    pairs = zip(means["LoHa"], means["LoRA"][1:], strict=False)  # LoHa's rank is half of LoRA's
+    assert max(abs(loha - lora) for loha, lora in pairs) == pytest.approx(0.6)
+    assert "differ by at most 0.6 points" in TEXTS["comparison.md"]
 
 
 def test_best_rates_of_the_vit_s_are_those_of_the_tables():
@@ -592,7 +596,9 @@ def test_best_rates_of_the_vit_s_are_those_of_the_tables():
     tables = [[*report.read(folder / f"{n}.csv")] for n in ("comparison", "ranks", "alpha")]
     found = {"alpha 8": tables[0] + tables[1], "alpha = rank": tables[2]}
     shown = (
-        TEXTS["comparison.md"].split("| ViT-S/14 | rank 2 | rank 4 | rank 8 | rank 16 |")[1].split("\n\n")[0]
+        TEXTS["comparison.md"]
+        .split("| ViT-S/14 | rank 2 | rank 4 | rank 8 | rank 16 |")[1]
+        .split("\n\n")[0]
     )
     for line in shown.splitlines()[2:]:
         (name, alpha), *best = cells(line)[0].split(", "), *cells(line)[1:]
