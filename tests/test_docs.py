@@ -591,6 +591,20 @@ def test_figures_of_other_ranks_layers_and_images_are_the_tables():
     assert "differ by at most 0.6 points" in TEXTS["comparison.md"]
 
 
+def test_figures_of_eight_epochs_are_the_tables():
+    shown = TEXTS["comparison.md"].split("| | linear probe | LoRA | LoHa |")[1].split("\n\n")[0]
+    lines = {cells(line)[0]: cells(line)[1:] for line in shown.splitlines()[2:]}
+    for epochs, table in (("4 epochs", "comparison"), ("8 epochs", "epochs8")):
+        found = of_seeds(table)
+        for method, cell in zip(pictures.NAMES, lines[epochs], strict=True):
+            values = found[method, 8 if method in ADAPTERS else None][:2]
+            accuracies = [float(value) for value in cell.split(", ")]
+            assert accuracies == pytest.approx(values, abs=0.0501), (method, epochs)
+    rates = {row["method"]: row["lr"] for row in report.read(ROOT / "assets/vit_s14/epochs8.csv")}
+    for row in report.read(ROOT / "assets" / "vit_s14" / "comparison.csv"):
+        assert not row["final"] or rates[row["method"]] == row["lr"]
+
+
 def test_best_rates_of_the_vit_s_are_those_of_the_tables():
     folder = ROOT / "assets" / "vit_s14"
     tables = [[*report.read(folder / f"{n}.csv")] for n in ("comparison", "ranks", "alpha")]
