@@ -719,6 +719,7 @@ def class_ranks(labels: np.ndarray) -> np.ndarray:
 def relative(files: list[str]) -> list[str]:
     """The paths within their common folder, alike on all systems: with / between their parts, and an
     accented letter as one character, where macOS has two."""
+    files = [os.path.normpath(file) for file in files]  # as commonpath does
     root = os.path.commonpath([os.path.dirname(file) for file in files])
     paths = (file[len(root) :].replace(os.sep, "/").lstrip("/") for file in files)
     return [unicodedata.normalize("NFC", path) for path in paths]

@@ -193,7 +193,7 @@ def test_what_transformers_has_no_place_for_is_one_line(tmp_path):
     trunk = str(tmp_path / "trunk"), {"num_heads": 4}, CLASSES
     for case, message in (
         ("lora-bias", "the MLP of a SwiGLU has other layers"),  # mlp.3
-        ("loha-bias", "--bias all: transformers' class has not all"),
+        ("loha-bias", "--bias all: transformers' class lacks some of these biases"),
     ):
         write_adapter(tmp_path / "a.safetensors", case, *trunk)
         with pytest.raises(ValueError, match=message):

@@ -197,7 +197,7 @@ def test_what_only_a_busy_machine_shows_gives_one_line_too(photos, monkeypatch, 
     monkeypatch.setattr(predict, "readable", full)
     assert predict.main(["a.safetensors", "photos"]) == 2
     error = capsys.readouterr().err
-    assert error == "predict.py: out of memory; try a smaller --batch-size\n"
+    assert error == "predict.py: out of memory; try a smaller --batch-size, or --device cpu\n"
 
 
 def test_a_closed_pipe_is_not_a_mistake(photos, start):
