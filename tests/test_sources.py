@@ -332,7 +332,12 @@ def test_imagenet_in_class_folders_and_in_kaggle_s_layout(kaggle, tmp_path):
     assert part.classes == dataset.classes[1:]
     assert np.bincount(part.val.labels).tolist() == [2] * 2
     if kaggle:
-        shutil.move(tmp_path / "input" / "imagenet" / "LOC_val_solution.csv", tmp_path / "away")
+        solution = tmp_path / "input" / "imagenet" / "LOC_val_solution.csv"
+        head, *rows = solution.read_text().splitlines(keepends=True)
+        solution.write_text(head + "".join(row for row in rows if ids[0] in row))
+        with pytest.raises(ValueError, match=r"val split has no images; is the data set complete"):
+            data.load("imagenet", str(folder))
+        shutil.move(solution, tmp_path / "away")
         with pytest.raises(FileNotFoundError, match=r"LOC_val_solution\.csv, which has its labels"):
             data.load("imagenet", str(folder))
 
