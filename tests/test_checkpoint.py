@@ -57,6 +57,7 @@ torch.save([model(images).detach(), info["classes"]], sys.argv[3])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", SETTINGS)
 def test_a_new_process_gives_the_same_logits(adapter, tmp_path):
     model, info = adapted(adapter)

@@ -176,6 +176,7 @@ def test_missing_pretrained_weights_are_named_unless_given(pets, capsys, monkeyp
     assert read_source("again").settings["weights"] == str(pets / "trunk")
 
 
+@pytest.mark.slow
 def test_a_run_resumes_without_the_adapter_it_started_from(pets, stop_after):
     """last.pt holds everything needed, also the preprocessing."""
     preprocessing = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "crop": 0.875}
