@@ -112,7 +112,7 @@ def load(
             raise
         fetch(name, data_dir or "data")
         splits, names = SOURCES[name](data_dir or "data")
-    given = set() if holdout or folds else {*splits}
+    split_here = bool(holdout or folds) or "val" not in splits  # train and val are parts of one
     if "val" not in splits and not (holdout or folds):
         everything = splits["train"]
         parts = stratified(relative(everything.files), everything.labels, [0.8])
@@ -145,8 +145,8 @@ def load(
         splits |= {"train": train.rows(train_rows), "val": train.rows(val_rows)}
     for key, split in splits.items():
         if not len(split):
-            made = key in ("train", "val") and "val" not in given
-            hint = "a class needs two images to be split" if made else "is the data set complete?"
+            part = split_here and key != "test"
+            hint = "a class needs two images to be split" if part else "is the data set complete?"
             hint = "check --classes" if wanted else "use fewer --folds" if folds else hint
             raise ValueError(f"{name}: the {key} split has no images; {hint}")
     return Dataset(names, **splits)
